@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_j
            'read_table', 'digest', 'file_digest', 'code_digest', 'seed_all', 'cache_dir', 'progress', 'Section',
            'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
            'AnalysisParams', 'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'stage_key',
-           'run_stage', 'device_name', 'stage_run', 'open_params']
+           'run_stage', 'device_name', 'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0002
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
@@ -134,7 +134,7 @@ def cache_dir() -> Path:
 
 def progress(items: Iterable, desc: str = '', total: Optional[int] = None, **kw):
     "A progress bar over `items` in a terminal or notebook; silent when `MINT_QUIET` is set."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm   # the plain bar: the notebook widget would not reach the terminal through papermill
     return tqdm(items, desc=desc, total=total, disable=bool(os.environ.get('MINT_QUIET')), mininterval=.5, **kw)
 
 # %% ../nbs/00_core.ipynb #0025
@@ -185,7 +185,8 @@ class StudentParams(Section):
 
 class TrainParams(Section):
     "Alignment."
-    lr: float = 1e-3; beta: float = 0.5; dpo_beta: float = 0.1; epochs: float = 2; batch: int = 4
+    lr: float = 1e-3; beta: float = 0.5; epochs: float = 2; batch: int = 4
+    dpo_lr: float = 2e-4; dpo_beta: float = 0.1
     warmup: float = 0.1; grad_norm: float = 1.0
     nll_on: Literal['response', 'trl'] = 'response'      # tokens of the likelihood term
     checkpoint_every: int = 20      # updates between checkpoints
@@ -341,7 +342,8 @@ def run_stage(
             if e['stage'] == name and e['status'] == 'done':
                 if e['key'] == key and _entry_holds(run, e): return e
                 break
-        start, entry = time.perf_counter(), {'stage': name, 'key': key, 'time': datetime.now(timezone.utc).isoformat(timespec='seconds')}
+        start, entry = time.perf_counter(), {'stage': name, 'key': key, 'module': module, 'sections': list(sections), 'extra': extra,
+                                            'time': datetime.now(timezone.utc).isoformat(timespec='seconds')}
         try: body(); entry |= {'status': 'done', 'outputs': {w: file_digest(run/w) for w in writes}}
         except BaseException as e: entry |= {'status': 'failed', 'error': f'{type(e).__name__}: {e}'[:500], 'outputs': {}}; raise
         finally:
@@ -355,7 +357,19 @@ def device_name() -> str:
     torch = sys.modules.get('torch')
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f'cpu ({os.cpu_count()} cores)'
 
-# %% ../nbs/00_core.ipynb #0045
+# %% ../nbs/00_core.ipynb #0043
+def stage_done(
+    run: Run,           # the run folder
+    name: str,          # name in the manifest, for example 'align/mint-0'
+) -> Optional[dict]:    # the manifest entry; None: the stage would run (again)
+    "The finished entry of a stage, if its parameters, inputs, code and outputs are still the same."
+    entry = next((e for e in reversed(run.manifest) if e['stage'] == name and e['status'] == 'done'), None)
+    if not entry or 'module' not in entry: return None
+    try: key = stage_key(run, entry['module'], entry['sections'], entry['inputs'], entry['extra'])
+    except InputError: return None
+    return entry if key == entry['key'] and _entry_holds(run, entry) else None
+
+# %% ../nbs/00_core.ipynb #0047
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

@@ -25,7 +25,7 @@ class Finding:
     id: str                                             # HPO id, for example 'HP:0001250'
     label: str = ''                                     # its name
     excluded: bool = False                              # looked for and absent
-    view: Literal['note', 'portrait', 'both'] = 'note'  # where it can be seen
+    view: Literal['note', 'portrait', 'both', 'record'] = 'note'  # where it can be seen; 'record': neither view shows it
 
 # %% ../nbs/02_tasks.ipynb #0006
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ def rankings_from_scores(
     tie = np.random.default_rng(seed).permutation(N)
     out = []
     for cid, row, p in zip(case_ids, np.asarray(scores, float), probs if probs is not None else [None]*n):
-        order = np.lexsort((tie, -row))
+        pool = np.arange(N) if bottom or not 0 < top < N else np.flatnonzero(row >= np.partition(row, N - top)[N - top])   # only the head: sort only the head
+        order = pool[np.lexsort((tie[pool], -row[pool]))]
         keep = sorted(set(range(min(top, N))) | set(range(max(0, N - bottom), N)))
         out += [dict(case_id=cid, rank=r + 1, answer_id=catalogue.ids[j], written=catalogue.names[catalogue.ids[j]], score=row[j],
                      prob=None if p is None else p[j]) for r in keep for j in [order[r]]]

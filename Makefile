@@ -1,0 +1,57 @@
+# Two commands are enough: `make run` (the whole pipeline on simulated patients) and `make test`.
+# Everything is installed into .venv on first use; .make/ holds stamps and caches. `make help` lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+OUT ?= runs/laptop
+WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+.make/env: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] + "; say which: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'Installing into .venv (about 2 GB, some minutes) ...'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@mkdir -p .make && touch $@
+
+.PHONY: env
+env: .make/env  ## install everything into .venv
+
+.PHONY: run
+run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; run again to resume
+	$(BIN)/mint-nb run --profile laptop --out $(OUT)
+
+.PHONY: test
+test: .make/env  ## every notebook from the top, then the tests in tests/
+	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest tests -q --durations=10
+
+.PHONY: docs
+docs: .make/env  ## execute the notebooks (cached), write README.md and the site in _docs/
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py
+
+.PHONY: export
+export: .make/env  ## write mint_nb/*.py from the notebooks
+	$(BIN)/nbdev_export
+
+.PHONY: prepare
+prepare: .make/env  ## before a commit: export, clean, test, site
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(MAKE) test
+	$(MAKE) docs
+
+.PHONY: hooks
+hooks: .make/env  ## git hooks that keep notebooks clean and merge them
+	$(BIN)/nbdev_install_hooks
+
+.PHONY: clean
+clean:  ## remove what was built (not runs/, not .venv)
+	rm -rf .make/docs _docs _proc build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

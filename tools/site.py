@@ -1,0 +1,180 @@
+"""The docs site without Quarto: execute the notebooks (cached), write README.md, render `_docs/` with smalldocs.
+
+    python tools/site.py             everything
+    python tools/site.py --readme    only README.md
+    python tools/site.py --check     everything, and fail if README.md was not up to date
+
+Where Quarto is installed, `nbdev_docs` builds the same site from the same `_quarto.yml`.
+"""
+import argparse, ast, os, re, shutil, subprocess, sys, tarfile, tempfile, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, PROC, DOCS, MAKE = ROOT/'nbs', ROOT/'_proc', ROOT/'_docs', ROOT/'.make'
+NOTE = '<!-- This file is made from nbs/index.ipynb by `make docs`. -->\n\n'
+
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
+os.environ |= {'IN_TEST': '1', 'MINT_QUIET': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}   # IN_TEST: nbdev_export() in a notebook does nothing
+
+import nbformat
+from mint_nb.core import atomic_path, code_digest, digest, file_digest, locked
+from mint_nb.pipeline import NotebookFailed, run_notebook
+
+
+def code(cell) -> str:
+    "Source of a code cell without its directives; '' for text."
+    return '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|')).strip() if cell.cell_type == 'code' else ''
+
+
+def uses(nb) -> list[str]:
+    "Modules of the package that a notebook is or imports."
+    source = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    names = set(re.findall(r'(?:from|import)\s+(mint_nb\.\w+)', source)) | {'mint_nb.' + m for m in re.findall(r'^#\|\s*default_exp\s+(\w+)', source, re.M)}
+    return sorted(n for n in names if (ROOT/(n.replace('.', '/') + '.py')).exists())
+
+
+def key(path: Path) -> str:
+    "What the outputs of a notebook depend on: its cells, the code behind it, the small recipe, committed results."
+    nb = nbformat.read(path, 4)
+    results = file_digest(ROOT/'benchmarks') if (ROOT/'benchmarks').is_dir() else ''
+    return digest([[(c.cell_type, c.source) for c in nb.cells], [code_digest(m) for m in uses(nb)], file_digest(ROOT/'mint_nb/profiles'), results])
+
+
+def execute(path: Path) -> tuple[str, float, str]:
+    "Execute one notebook unless a copy with the same key is there: its name, seconds, and the error ('' if none)."
+    copy, start = MAKE/f'docs/{path.stem}-{key(path)}.ipynb', time.perf_counter()
+    if not copy.exists():
+        with tempfile.TemporaryDirectory(dir=MAKE) as d:
+            try: run_notebook(path, f'{d}/{path.name}', cwd=NBS, quiet=True)
+            except NotebookFailed as e: return path.stem, time.perf_counter() - start, f'{e.error} in cell {e.index}: {e.message}\n{e.cell}'
+            for old in copy.parent.glob(f'{path.stem}-*.ipynb'): old.unlink()
+            copy.parent.mkdir(exist_ok=True); shutil.move(f'{d}/{path.name}', copy)
+    return path.stem, time.perf_counter() - start, ''
+
+
+def execute_all(workers: int) -> None:
+    "Execute what has changed, two notebooks at a time; stop with the errors if some fail."
+    (MAKE/'docs').mkdir(parents=True, exist_ok=True)
+    failed = []
+    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
+        for name, seconds, error in pool.map(execute, sorted(NBS.glob('*.ipynb'))):
+            print(f'  {name:16} {"FAILED" if error else "executed" if seconds > .5 else "cached":8} {seconds:6.1f} s', flush=True)
+            if error: failed.append(f'{name}: {error}')
+    if failed: sys.exit('\n'.join(failed))
+
+
+def executed(stem: str):
+    "The executed copy of a notebook, without what papermill adds, without warnings and bars."
+    nb = nbformat.read(next((MAKE/'docs').glob(f'{stem}-*.ipynb')), 4)
+    nb.metadata = {'kernelspec': nb.metadata.kernelspec}
+    for c in nb.cells:
+        c.metadata = {}
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+    return nb
+
+
+def with_source(nb):
+    "Behind each exported cell a folded copy of its code: nbdev shows only the signature, a reader may want the rest."
+    cells = []
+    for c in nb.cells:
+        cells.append(c)
+        if not re.match(r'#\|\s*export', c.source) or c.cell_type != 'code': continue
+        if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code(c)).body): continue
+        cells.append(nbformat.v4.new_code_cell(f'#| eval: false\n#| code-fold: true\n#| code-summary: "Source"\n{code(c)}'))
+    nb.cells = cells
+    return nb
+
+
+def process() -> None:
+    "nbdev's own processing (documentation of exported functions, links, hidden cells) of the executed copies, into _proc/."
+    from execnb.nbio import read_nb, write_nb
+    from nbdev.doclinks import _build_modidx
+    from nbdev.processors import FilterDefaults
+    shutil.rmtree(PROC, ignore_errors=True); PROC.mkdir()
+    for f in NBS.iterdir():
+        if f.suffix in ('.yml', '.css', '.svg', '.png'): shutil.copy2(f, PROC)
+    for path in sorted(NBS.glob('*.ipynb')):
+        nbformat.write(with_source(executed(path.stem)), PROC/path.name)
+        nb = read_nb(PROC/path.name)
+        FilterDefaults()(nb)
+        write_nb(nb, PROC/path.name)
+
+
+def katex(version: str) -> Path | None:
+    "Folder with KaTeX as files, from the npm package; None where npm or its registry cannot be reached."
+    home = MAKE/f'katex-{version}'
+    if home.exists(): return home
+    if not shutil.which('npm'): return None
+    with tempfile.TemporaryDirectory(dir=MAKE) as d:
+        if subprocess.run(['npm', 'pack', '--silent', f'katex@{version}'], cwd=d, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode: return None
+        with tarfile.open(next(Path(d).glob('*.tgz'))) as t: t.extractall(d, filter='data')
+        dist = Path(d)/'package/dist'
+        with atomic_path(home) as tmp:
+            (tmp/'contrib').mkdir(parents=True); (tmp/'fonts').mkdir()
+            for f in ('katex.min.css', 'katex.min.js', 'contrib/auto-render.min.js'): shutil.copy2(dist/f, tmp/f)
+            for f in (dist/'fonts').glob('*.woff2'): shutil.copy2(f, tmp/'fonts')
+            shutil.copy2(Path(d)/'package/LICENSE', tmp)
+    return home
+
+
+def render() -> None:
+    "smalldocs over _proc/, strict; then local KaTeX and links that stay inside the site; then into _docs/."
+    from nbdev.config import get_config
+    from smalldocs.layout import KATEX
+    from smalldocs.site import build
+    warnings = [str(w) for w in build(str(PROC), quiet=True).warnings]
+    if warnings: sys.exit('smalldocs warns:\n  ' + '\n  '.join(warnings))
+    site, cfg = PROC/'_docs', get_config()
+    home = cfg.doc_host.rstrip('/') + '/' + cfg.doc_baseurl.strip('/') + '/'
+    local = katex(re.search(r'katex@([\d.]+)', KATEX)[1])
+    if local: shutil.copytree(local, site/'katex')
+    else: print('  note: npm is not here, so formulas are drawn only where the reader is online')
+    for page in site.rglob('*.html'):
+        text = page.read_text().replace(f'href="{home}', 'href="')
+        if local: text = text.replace(KATEX, 'katex')
+        page.write_text(text)
+    shutil.rmtree(DOCS, ignore_errors=True); shutil.move(site, DOCS)
+
+
+def readme() -> bool:
+    "Write README.md from the executed index.ipynb; says whether it was up to date."
+    from nbconvert import MarkdownExporter
+    nb = executed('index')
+    nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide', c.source)]
+    for c in nb.cells:
+        if c.cell_type != 'code': continue
+        c.outputs = [o for o in c.outputs if 'text/markdown' in o.get('data', {}) or o.output_type == 'stream']
+        c.source = '' if re.search(r'^#\|\s*echo:\s*false', c.source, re.M) else code(c)
+    nb.metadata.language_info = {'name': 'python'}
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = NOTE + re.sub(r'\n{3,}', '\n\n', re.sub(r'```(python)?\s*\n```\n', '', text)).strip() + '\n'
+    text = re.sub(r'\]\(([\w-]+\.ipynb)\)', r'](nbs/\1)', text)
+    file = ROOT/'README.md'
+    same = file.exists() and file.read_text() == text
+    if not same: file.write_text(text)
+    return same
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args.add_argument('--readme', action='store_true', help='only README.md')
+    args.add_argument('--check', action='store_true', help='fail if README.md was not up to date')
+    args.add_argument('--workers', type=int, default=2, help='notebooks executed at a time')
+    a = args.parse_args()
+    MAKE.mkdir(exist_ok=True)
+    with locked(MAKE/'site.lock'):
+        if a.readme:
+            name, seconds, error = execute(NBS/'index.ipynb')
+            if error: sys.exit(error)
+        else: print('Executing the notebooks'); execute_all(a.workers)
+        same = readme()
+        if not a.readme:
+            print('Rendering'); process(); render()
+            print(f'The site is in {DOCS.relative_to(ROOT)}/ ({len(list(DOCS.glob("*.html")))} pages): open {DOCS.name}/index.html')
+    if a.check and not same: sys.exit('README.md was not up to date with nbs/index.ipynb; it is now: commit it')
+
+
+if __name__ == '__main__': main()

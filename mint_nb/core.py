@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_json', 'read_json', 'write_jsonl', 'write_table',
-           'read_table', 'digest', 'file_digest', 'code_digest', 'seed_all', 'cache_dir', 'progress', 'Section',
-           'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
-           'AnalysisParams', 'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'stage_key',
-           'run_stage', 'device_name', 'stage_done', 'stage_run', 'open_params']
+           'read_table', 'digest', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress',
+           'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
+           'AnalysisParams', 'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name',
+           'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
 
-# %% ../nbs/00_core.ipynb #0002
+# %% ../nbs/00_core.ipynb #0003
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
 from datetime import datetime, timezone
 from importlib.metadata import version, PackageNotFoundError
@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable, Literal, Optional
 import numpy as np, pandas as pd, yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# %% ../nbs/00_core.ipynb #0005
+# %% ../nbs/00_core.ipynb #0006
 class InputError(ValueError):
     "Something the user gave cannot be used; says which file, record and field, and what would help."
     def __init__(self,
@@ -33,7 +33,7 @@ class InputError(ValueError):
         place = ', '.join(f'{k} {v}' for k, v in (('file', file), ('record', record), ('field', field)) if v is not None)
         super().__init__(f"{place + ': ' if place else ''}{problem}{' (' + hint + ')' if hint else ''}")
 
-# %% ../nbs/00_core.ipynb #0009
+# %% ../nbs/00_core.ipynb #0010
 @contextlib.contextmanager
 def atomic_path(
     path: Path | str,   # where the finished file, or folder, shall stand
@@ -53,7 +53,7 @@ def atomic_path(
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         elif tmp.exists(): tmp.unlink()
 
-# %% ../nbs/00_core.ipynb #0014
+# %% ../nbs/00_core.ipynb #0016
 def write_json(path: Path | str, obj: Any) -> Path:
     "Write `obj` as indented JSON, atomically."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n')
@@ -65,7 +65,7 @@ def read_json(path: Path | str) -> Any:
     except json.JSONDecodeError as e:
         raise InputError(f'is not valid JSON: {e.msg} at line {e.lineno}, column {e.colno}', file=path) from e
 
-# %% ../nbs/00_core.ipynb #0015
+# %% ../nbs/00_core.ipynb #0017
 def write_jsonl(path: Path | str, rows: Iterable[dict]) -> Path:
     "Write one JSON object a line, atomically."
     with atomic_path(path) as tmp:
@@ -83,7 +83,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     try: return pd.read_parquet(path)
     except (OSError, ValueError) as e: raise InputError(f'is not a readable Parquet table: {e}', file=path) from e
 
-# %% ../nbs/00_core.ipynb #0018
+# %% ../nbs/00_core.ipynb #0020
 def digest(obj: Any) -> str:
     "Sixteen hexadecimal digits of SHA-256 over the canonical JSON of a plain value."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -96,7 +96,7 @@ def file_digest(path: Path | str) -> str:
                        if p.is_file() and not p.name.startswith('.')])
     with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #0020
+# %% ../nbs/00_core.ipynb #0022
 def _strip_docs(tree: ast.AST) -> ast.AST:
     "Remove the docstrings of a syntax tree, in place."
     for node in ast.walk(tree):
@@ -106,21 +106,28 @@ def _strip_docs(tree: ast.AST) -> ast.AST:
     return tree
 
 @functools.cache
-def code_digest(
-    module: str,   # dotted name of a module of this package, for example 'mint_nb.pairs'
-) -> str:
-    "Digest of a module's code and of all `mint_nb` code it imports; comments and docstrings do not count."
+def code_modules(module: str) -> dict[str, str]:
+    "A module and all `mint_nb` modules it imports, with their syntax trees as text."
     seen, todo = {}, [module]
     while todo:
         name = todo.pop()
         if name in seen: continue
         spec = importlib.util.find_spec(name)
         tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
-        todo += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('mint_nb.')]
+        froms = [(n.level, n.module or '') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        todo += [f'mint_nb.{m}' if level else m for level, m in froms if level or m.startswith('mint_nb.')]   # nbdev writes relative imports
         seen[name] = ast.dump(_strip_docs(tree))
-    return digest(seen)
+    return seen
 
-# %% ../nbs/00_core.ipynb #0022
+# %% ../nbs/00_core.ipynb #0023
+@functools.cache
+def code_digest(
+    module: str,   # dotted name of a module of this package, for example 'mint_nb.pairs'
+) -> str:
+    "Digest of a module's code and of all `mint_nb` code it imports; comments and docstrings do not count."
+    return digest(code_modules(module))
+
+# %% ../nbs/00_core.ipynb #0026
 def seed_all(seed: int) -> None:
     "Seed Python, NumPy and, when it is loaded, torch."
     random.seed(seed); np.random.seed(seed % 2**32)
@@ -137,7 +144,7 @@ def progress(items: Iterable, desc: str = '', total: Optional[int] = None, **kw)
     from tqdm import tqdm   # the plain bar: the notebook widget would not reach the terminal through papermill
     return tqdm(items, desc=desc, total=total, disable=bool(os.environ.get('MINT_QUIET')), mininterval=.5, **kw)
 
-# %% ../nbs/00_core.ipynb #0025
+# %% ../nbs/00_core.ipynb #0029
 class Section(BaseModel):
     "A group of parameters; unknown names are errors."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -153,9 +160,10 @@ class CohortParams(Section):
     validation: int = 24
     test: int = 96
     max_findings: int = 8           # findings a note mentions at most
-    note_noise: float = 0.1         # share of note findings that are unrelated or imprecise
+    note_noise: float = 0.5         # share of a simulated patient's findings that are imprecise or unrelated (measured: see 04_patients)
     note_style: Literal['brief', 'clinic', 'long'] = 'brief'  # phrasing of the written note
     image_size: int = 64            # pixels per side of a portrait
+    embeddings: Optional[str] = None   # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
     label_share: float = 1.0        # share of training cases that carry a diagnosis
     seed: int = 0                   # seed of the cases and the split
 
@@ -167,7 +175,7 @@ class TeacherParams(Section):
     folds: int = 4                  # cross-fitting folds
     view: Literal['both', 'note', 'portrait'] = 'both'   # what it sees when it ranks
 
-# %% ../nbs/00_core.ipynb #0026
+# %% ../nbs/00_core.ipynb #0030
 class PairParams(Section):
     "From rankings to preference pairs."
     k: int = 5; q: int = 5          # length of chosen and rejected list
@@ -192,7 +200,7 @@ class TrainParams(Section):
     checkpoint_every: int = 20      # updates between checkpoints
     report_to: str = 'none'
 
-# %% ../nbs/00_core.ipynb #0027
+# %% ../nbs/00_core.ipynb #0031
 class PredictParams(Section):
     "Decoding."
     max_new_tokens: int = 100; batch: int = 32
@@ -218,7 +226,7 @@ class Params(Section):
     predict: PredictParams = Field(default_factory=PredictParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0029
+# %% ../nbs/00_core.ipynb #0033
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -237,7 +245,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0031
+# %% ../nbs/00_core.ipynb #0035
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -253,7 +261,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0034
+# %% ../nbs/00_core.ipynb #0038
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -271,7 +279,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0036
+# %% ../nbs/00_core.ipynb #0040
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -294,7 +302,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0039
+# %% ../nbs/00_core.ipynb #0043
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -311,7 +319,13 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0040
+# %% ../nbs/00_core.ipynb #0044
+def device_name() -> str:
+    "Name of the device that torch would use."
+    torch = sys.modules.get('torch')
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f'cpu ({os.cpu_count()} cores)'
+
+# %% ../nbs/00_core.ipynb #0046
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -324,7 +338,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0041
+# %% ../nbs/00_core.ipynb #0047
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -352,12 +366,7 @@ def run_stage(
             with locked(run/'.locks'/'manifest.lock'), (run/'manifest.jsonl').open('a') as f: f.write(json.dumps(entry) + '\n')
     return entry
 
-def device_name() -> str:
-    "Name of the device that torch would use."
-    torch = sys.modules.get('torch')
-    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f'cpu ({os.cpu_count()} cores)'
-
-# %% ../nbs/00_core.ipynb #0043
+# %% ../nbs/00_core.ipynb #0049
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -369,7 +378,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0047
+# %% ../nbs/00_core.ipynb #0053
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['clean_name', 'parse_answer', 'shared_prefix', 'encode_prompts', 'drop_rows', 'decode_batch', 'generate', 'NameTrie',
-           'ListState', 'hold', 'score_names', 'path_logps', 'rankings_from_texts', 'StudentRanker']
+           'ListState', 'hold', 'score_names', 'path_logps', 'rankings_from_texts', 'StudentRanker', 'tries_of']
 
-# %% ../nbs/33_decode.ipynb #0002
+# %% ../nbs/33_decode.ipynb #0003
 import copy, json, re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np, torch
+from fastcore.basics import patch
 from transformers import DynamicCache
 
 from .core import InputError, progress
 from .students import Student
 from .tasks import Case, Catalogue, Rankings, Task, make_rankings, normalise
 
-# %% ../nbs/33_decode.ipynb #0005
+# %% ../nbs/33_decode.ipynb #0006
 _ITEM = re.compile(r'^\s*(?:\(?\d{1,3}\s*(?:[.):]+(?!\d)|-\s)|[-*•–]+)\s*(.*)$')
 _QUOTES = '\'"“”‘’«»`*_'
 
@@ -34,7 +35,7 @@ def _json_names(text: str) -> list[str]:
     pick = lambda x: next((v for v in x.values() if isinstance(v, str)), '') if isinstance(x, dict) else x
     return [n for n in map(pick, items) if isinstance(n, str)]
 
-# %% ../nbs/33_decode.ipynb #0009
+# %% ../nbs/33_decode.ipynb #0010
 def _raw_names(text: str) -> list[str]:
     "Candidate names in the order written, by the strongest structure found."
     if found := _json_names(text): return found
@@ -51,14 +52,14 @@ def parse_answer(
 ) -> list[str]:    # names as written, most likely first, each once
     "The names in an answer, whatever its form."
     text = str(text or '').replace('\x00', ' ')
-    at = text.lower().rfind(task.header.lower().rstrip(':'))
+    at = text.lower().find(task.header.lower().rstrip(':'))
     if at >= 0: text = text[at + len(task.header.rstrip(':')):].lstrip(': \n')
     unique = {}
     for name in map(clean_name, _raw_names(text)):
         if normalise(name) and len(name) <= 300: unique.setdefault(normalise(name), name)
     return list(unique.values())
 
-# %% ../nbs/33_decode.ipynb #0014
+# %% ../nbs/33_decode.ipynb #0015
 def shared_prefix(
     sequences: Sequence[Sequence[int]],   # token ids
 ) -> int:
@@ -67,7 +68,7 @@ def shared_prefix(
     first = sequences[0]
     return next((i for i in range(n) if any(s[i] != first[i] for s in sequences[1:])), max(n, 0)) if len(sequences) > 1 else 0
 
-# %% ../nbs/33_decode.ipynb #0016
+# %% ../nbs/33_decode.ipynb #0017
 def encode_prompts(
     student: Student,
     prompts: Sequence[Sequence[int]],   # token ids of B prompts
@@ -86,7 +87,7 @@ def encode_prompts(
                         past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], cache, mask
 
-# %% ../nbs/33_decode.ipynb #0020
+# %% ../nbs/33_decode.ipynb #0021
 def drop_rows(
     keep: Sequence[int],     # rows that go on
     cache: DynamicCache,     # changed in place
@@ -97,6 +98,7 @@ def drop_rows(
     cache.batch_select_indices(index)
     return [t[index] for t in tensors]
 
+# %% ../nbs/33_decode.ipynb #0024
 @torch.no_grad()
 def decode_batch(
     student: Student,
@@ -121,7 +123,7 @@ def decode_batch(
                                past_key_values=cache, use_cache=True).logits[:, -1]
     return out
 
-# %% ../nbs/33_decode.ipynb #0025
+# %% ../nbs/33_decode.ipynb #0029
 def generate(
     student: Student,
     prompts: Sequence[Sequence[int]],  # token ids
@@ -140,12 +142,12 @@ def generate(
             states = [tries[i].start() for i in part] if trie is not None else None
             limit = max(tries[i].longest for i in part) if states else max_new_tokens
             new = decode_batch(student, [prompts[i] for i in part], limit, states)
-            for i, ids in zip(part, new): texts[i] = student.tokenizer.decode(ids, skip_special_tokens=True)
+            for i, ids in zip(part, new): texts[i] = student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if on_batch: on_batch(part, [texts[i] for i in part])
             bar.update(len(part))
     return texts
 
-# %% ../nbs/33_decode.ipynb #0029
+# %% ../nbs/33_decode.ipynb #0033
 class NameTrie:
     "All answers of `k` different names of a catalogue, walked token by token."
     def __init__(self,
@@ -170,11 +172,9 @@ class NameTrie:
         lines = [self.numbers[j] + list((self.final if j == len(some) - 1 else self.inner)[i]) for j, i in enumerate(some)]
         return self.header + sum(lines, [])
 
-    def start(self) -> 'ListState':
-        "A fresh walk."
-        return ListState(self)
+    def start(self) -> 'ListState': return ListState(self)
 
-# %% ../nbs/33_decode.ipynb #0031
+# %% ../nbs/33_decode.ipynb #0037
 class ListState:
     "How far one constrained answer has come: tokens still forced, names still open, names used."
     def __init__(self, trie: NameTrie):
@@ -198,6 +198,7 @@ class ListState:
         self.queue = self.trie.numbers[self.line] if self.line < self.trie.k else [self.trie.eos]
         if self.line < self.trie.k: self._open()
 
+# %% ../nbs/33_decode.ipynb #0040
 def hold(logits: torch.Tensor, states: Sequence[ListState]) -> torch.Tensor:
     "Minus infinity for every token that a row's state does not allow."
     out = torch.full_like(logits, -torch.inf)
@@ -206,7 +207,7 @@ def hold(logits: torch.Tensor, states: Sequence[ListState]) -> torch.Tensor:
         out[r, ok] = logits[r, ok]
     return out
 
-# %% ../nbs/33_decode.ipynb #0038
+# %% ../nbs/33_decode.ipynb #0047
 @torch.no_grad()
 def score_names(
     student: Student,
@@ -227,6 +228,7 @@ def score_names(
         out[part] = path_logps(student, copy.deepcopy(encoded), context[-1], [paths[i] for i in part])
     return out
 
+# %% ../nbs/33_decode.ipynb #0048
 def path_logps(student: Student, cache: DynamicCache, last: int, paths: Sequence[Sequence[int]]) -> np.ndarray:
     "Summed log-probabilities of token paths that follow the cache and the token `last`; uses the cache up."
     width = max(map(len, paths))
@@ -236,7 +238,7 @@ def path_logps(student: Student, cache: DynamicCache, last: int, paths: Sequence
     own = torch.tensor([[1.]*len(p) + [0.]*(width - len(p)) for p in paths], device=student.device)
     return (logp.gather(2, ids[:, 1:, None])[..., 0]*own).sum(1).double().cpu().numpy()
 
-# %% ../nbs/33_decode.ipynb #0042
+# %% ../nbs/33_decode.ipynb #0052
 def rankings_from_texts(
     texts: dict[str, str],   # case id to what the student wrote
     task: Task,              # answer format
@@ -253,7 +255,7 @@ def rankings_from_texts(
         rows += [dict(case_id=case_id, rank=r, answer_id=i, written=n, score=1/r) for r, (i, n) in enumerate(list(listed.values())[:top], 1)]
     return make_rankings(rows)
 
-# %% ../nbs/33_decode.ipynb #0045
+# %% ../nbs/33_decode.ipynb #0055
 @dataclass
 class StudentRanker:
     "A language model that answers with a list of names."
@@ -269,22 +271,25 @@ class StudentRanker:
     texts: dict = field(default_factory=dict)          # case id to written text
     on_text: Optional[Callable[[dict], None]] = None   # called with each batch of new texts
 
-    def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
-        "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
-        todo = [c for c in cases if c.id not in self.texts]
-        prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt) for c in todo]
-        def keep(positions, texts):
-            new = {todo[i].id: t for i, t in zip(positions, texts)}
-            self.texts.update(new)
-            if self.on_text: self.on_text(new)
-        generate(self.student, prompts, self.max_new_tokens, self.batch_size, self._tries(todo), keep, f'{self.name}: answers')
-        return rankings_from_texts({c.id: self.texts[c.id] for c in cases}, self.task, self.catalogue, top)
+# %% ../nbs/33_decode.ipynb #0057
+def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[NameTrie]]:
+    "For a constrained student the names allowed for each case, else None."
+    if not ranker.constrained: return None
+    names, tries = ranker.catalogue.names, {}
+    for key in {c.candidates for c in cases}:
+        some = Catalogue({i: names[i] for i in key or names})
+        tries[key] = NameTrie(some, ranker.student.tokenizer, ranker.task, ranker.k)
+    return [tries[c.candidates] for c in cases]
 
-    def _tries(self, cases: Sequence[Case]) -> Optional[list[NameTrie]]:
-        "For constrained decoding, the names allowed for each case."
-        if not self.constrained: return None
-        tries = {}
-        for key in {c.candidates for c in cases}:
-            some = Catalogue({i: self.catalogue.names[i] for i in key or self.catalogue.ids})
-            tries[key] = NameTrie(some, self.student.tokenizer, self.task, self.k)
-        return [tries[c.candidates] for c in cases]
+# %% ../nbs/33_decode.ipynb #0058
+@patch
+def rank(self: StudentRanker, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
+    "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
+    todo = [c for c in cases if c.id not in self.texts]
+    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt) for c in todo]
+    def keep(positions, texts):
+        new = {todo[i].id: t for i, t in zip(positions, texts)}
+        self.texts.update(new)
+        if self.on_text: self.on_text(new)
+    generate(self.student, prompts, self.max_new_tokens, self.batch_size, tries_of(self, todo), keep, f'{self.name}: answers')
+    return rankings_from_texts({c.id: self.texts[c.id] for c in cases}, self.task, self.catalogue, top)

@@ -6,7 +6,7 @@
 __all__ = ['Item', 'lay_out', 'parts_of', 'token_logps', 'first_trainable', 'split_backbone', 'Engine', 'PreferenceTrainer',
            'reference_logps', 'last_checkpoint', 'training_arguments', 'train', 'StopAt']
 
-# %% ../nbs/32_engine.ipynb #0002
+# %% ../nbs/32_engine.ipynb #0003
 import copy, math, os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .core import InputError, TrainParams, progress
 from .losses import LOSSES, Logps
 from .students import Student, add_lora, load_student
 
-# %% ../nbs/32_engine.ipynb #0005
+# %% ../nbs/32_engine.ipynb #0006
 @dataclass
 class Item:
     "One prompt and its answers, as token ids; the first answer is the chosen one."
@@ -32,7 +32,7 @@ class Item:
 
     def __len__(self): return len(self.prompt) + sum(map(len, self.answers))
 
-# %% ../nbs/32_engine.ipynb #0006
+# %% ../nbs/32_engine.ipynb #0007
 def lay_out(
     item: Item,
 ) -> dict[str, Tensor]:   # input_ids, position_ids (1, L); mask (1, 1, L, L); source, target, segment (N,)
@@ -47,7 +47,7 @@ def lay_out(
     source = torch.cat([index[1:p] - 1] + [torch.cat([torch.tensor([p - 1]), torch.arange(s, s + n - 1)]) for s, n in zip(starts, lens)])
     return dict(input_ids=ids[None], position_ids=position[None], mask=mask[None, None], source=source, target=ids[1:], segment=part[1:])
 
-# %% ../nbs/32_engine.ipynb #0010
+# %% ../nbs/32_engine.ipynb #0012
 def parts_of(model: Any) -> tuple[nn.Module, nn.Module]:
     "The transformer without its head, and the head, of a causal language model with or without adapter."
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
@@ -69,7 +69,7 @@ def token_logps(
     run = (lambda s, t: checkpoint(_chunk_logps, s, t, head, use_reentrant=False)) if torch.is_grad_enabled() and len(pieces) > 1 else (lambda s, t: _chunk_logps(s, t, head))
     return torch.cat([run(s, t) for s, t in pieces])
 
-# %% ../nbs/32_engine.ipynb #0013
+# %% ../nbs/32_engine.ipynb #0015
 def first_trainable(backbone: nn.Module) -> int:
     "Index of the lowest layer with a trainable parameter; the number of layers if there is none."
     return next((i for i, l in enumerate(backbone.layers) if any(p.requires_grad for p in l.parameters())), len(backbone.layers))
@@ -88,7 +88,7 @@ def split_backbone(
     layers = list(backbone.layers)
     return view(layers[:depth], nn.Identity()), view(layers[depth:], None)
 
-# %% ../nbs/32_engine.ipynb #0015
+# %% ../nbs/32_engine.ipynb #0017
 class Engine:
     "Log-probabilities of items under a student, with the prompt shared and the frozen depth remembered."
     def __init__(self,
@@ -124,7 +124,7 @@ class Engine:
         rest = slice(2, None) if len(item.answers) > 1 else slice(1, None)
         return Logps(sums[1].expand(pairs), sums[rest], n[1].expand(pairs), n[rest], *((sums[0].expand(pairs), n[0].expand(pairs)) if prompt else (None, None)))
 
-# %% ../nbs/32_engine.ipynb #0021
+# %% ../nbs/32_engine.ipynb #0023
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
     def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
@@ -152,7 +152,7 @@ class PreferenceTrainer(Trainer):
             self.extra = []
         super().log(logs, *a, **kw)
 
-# %% ../nbs/32_engine.ipynb #0023
+# %% ../nbs/32_engine.ipynb #0025
 def reference_logps(
     engine: Engine,
     items: Sequence[Item],
@@ -165,7 +165,7 @@ def reference_logps(
             out[it.case_id] = lp.chosen.tolist(), lp.rejected.tolist()
     return out
 
-# %% ../nbs/32_engine.ipynb #0025
+# %% ../nbs/32_engine.ipynb #0027
 def last_checkpoint(folder: Path | str) -> Optional[str]:
     "The newest complete checkpoint below a folder, or None."
     whole = [p.parent for p in Path(folder).glob('checkpoint-*/trainer_state.json') if p.stat().st_size > 2]
@@ -179,7 +179,7 @@ def training_arguments(params: TrainParams, folder: Path | str, steps: int, lr: 
                              use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, report_to=params.report_to, dataloader_pin_memory=False,
                              dataloader_num_workers=0, disable_tqdm=bool(os.environ.get('MINT_QUIET')), logging_first_step=True)
 
-# %% ../nbs/32_engine.ipynb #0026
+# %% ../nbs/32_engine.ipynb #0028
 def train(
     student: Student,             # with an adapter
     items: Sequence[Item],
@@ -199,7 +199,7 @@ def train(
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/32_engine.ipynb #0030
+# %% ../nbs/32_engine.ipynb #0032
 class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LANDMARKS', 'AT', 'HEAD_TERMS', 'FRAME_TERMS', 'EYE_TERMS', 'LID_TERMS', 'NOSE_TERMS', 'MOUTH_TERMS', 'EAR_TERMS',
-           'DRAWN', 'SIGNAL', 'SCATTER', 'SKINS', 'HAIRS', 'read_terms', 'drawn_terms', 'disease_gestalt',
-           'patient_gestalt', 'face', 'smooth', 'Pen', 'ellipse', 'shade', 'layout', 'mirror', 'outline', 'draw_back',
-           'draw_hair', 'draw_eye', 'draw_brows', 'draw_nose', 'draw_mouth', 'draw_relief', 'draw_face',
-           'draw_portrait']
+           'DRAWN', 'SIGNAL', 'SCATTER', 'SHAPE', 'CENTRE', 'ZOOM', 'SKINS', 'HAIRS', 'read_terms', 'drawn_terms',
+           'disease_gestalt', 'patient_gestalt', 'face', 'smooth', 'Pen', 'ellipse', 'shade', 'layout', 'mirror',
+           'outline', 'draw_back', 'draw_hair', 'draw_eye', 'draw_brows', 'draw_nose', 'draw_mouth', 'draw_relief',
+           'draw_face', 'draw_portrait', 'contact_sheet', 'load_image']
 
-# %% ../nbs/05_images.ipynb #0002
+# %% ../nbs/05_images.ipynb #0003
 import hashlib
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 from .core import InputError
 
-# %% ../nbs/05_images.ipynb #0005
+# %% ../nbs/05_images.ipynb #0006
 LANDMARKS = tuple('''
 head_size face_width face_length forehead_height forehead_width bossing ridge metopic cheekbone cheeks midface coarse asymmetry
 eye_spacing eye_slant eye_length eye_open eye_size eye_depth proptosis ptosis squint epicanthus iris cloudy blue_sclera coloboma lashes eye_bags
@@ -33,7 +33,7 @@ hair_dense hairline_low hair_light hair_curl neck_width neck_web
 '''.split())
 AT = {name: n for n, name in enumerate(LANDMARKS)}
 
-# %% ../nbs/05_images.ipynb #0008
+# %% ../nbs/05_images.ipynb #0009
 HEAD_TERMS = '''
 HP:0000252 Microcephaly | head_size -2.2, forehead_height -.8
 HP:0000256 Macrocephaly | head_size 2.2, forehead_height .6
@@ -57,7 +57,7 @@ HP:0000465 Webbed neck | neck_web 2.2
 HP:0000470 Short neck | neck_width 1.8
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0010
+# %% ../nbs/05_images.ipynb #0011
 FRAME_TERMS = '''
 HP:0000348 High forehead | forehead_height 2.2
 HP:0000350 Small forehead | forehead_height -1.8, forehead_width -.8
@@ -79,7 +79,7 @@ HP:0011822 Broad chin | chin_point -2.2, jaw_width .6
 HP:0010751 Dimple chin | chin_dimple 2.2
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0012
+# %% ../nbs/05_images.ipynb #0013
 EYE_TERMS = '''
 HP:0000316 Hypertelorism | eye_spacing 2.4
 HP:0000601 Hypotelorism | eye_spacing -2.2
@@ -102,7 +102,7 @@ HP:0000482 Microcornea | iris -2.2
 HP:0000485 Megalocornea | iris 2.2
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0013
+# %% ../nbs/05_images.ipynb #0014
 LID_TERMS = '''
 HP:0000592 Blue sclerae | blue_sclera 2.2
 HP:0000612 Iris coloboma | coloboma 2.2
@@ -118,7 +118,7 @@ HP:0000574 Thick eyebrow | brow_thick 2.2
 HP:0045075 Sparse eyebrow | brow_thick -2
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0015
+# %% ../nbs/05_images.ipynb #0016
 NOSE_TERMS = '''
 HP:0000431 Wide nasal bridge | bridge_width 2.2
 HP:0000446 Narrow nasal bridge | bridge_width -2
@@ -143,7 +143,7 @@ HP:0002002 Deep philtrum | philtrum_depth 2.2
 HP:0000289 Broad philtrum | philtrum_width 2
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0017
+# %% ../nbs/05_images.ipynb #0018
 MOUTH_TERMS = '''
 HP:0000154 Wide mouth | mouth_width 2.4
 HP:0000160 Narrow mouth | mouth_width -2.4
@@ -162,7 +162,7 @@ HP:0000204 Cleft upper lip | cleft 2.2
 HP:0410030 Cleft lip | cleft 2.2
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0018
+# %% ../nbs/05_images.ipynb #0019
 EAR_TERMS = '''
 HP:0000369 Low-set ears | ear_low 2.4
 HP:0000358 Posteriorly rotated ears | ear_turn 2.4
@@ -179,7 +179,7 @@ HP:0002212 Curly hair | hair_curl 2.2
 HP:0002286 Fair hair | hair_light 2.2
 '''.strip()
 
-# %% ../nbs/05_images.ipynb #0020
+# %% ../nbs/05_images.ipynb #0021
 def read_terms(
     text: str,   # lines 'HP:id name | landmark shift, landmark shift'
 ) -> dict[str, tuple[str, np.ndarray]]:   # id to name and shift of every landmark
@@ -197,7 +197,7 @@ def read_terms(
 
 DRAWN = read_terms('\n'.join((HEAD_TERMS, FRAME_TERMS, EYE_TERMS, LID_TERMS, NOSE_TERMS, MOUTH_TERMS, EAR_TERMS)))
 
-# %% ../nbs/05_images.ipynb #0023
+# %% ../nbs/05_images.ipynb #0024
 def drawn_terms(
     terms: Sequence[str],            # HPO ids of a patient
     ontology: Optional[Any] = None,  # anything with `.ancestors(id)`; None: only terms that are drawn themselves
@@ -210,8 +210,10 @@ def drawn_terms(
         out |= {a for a in above if not any(a != b and a in ontology.ancestors(b) for b in above)}
     return sorted(out)
 
-# %% ../nbs/05_images.ipynb #0026
+# %% ../nbs/05_images.ipynb #0027
 SIGNAL, SCATTER = 0.8, 0.8   # standard deviation between diseases, and between patients of one disease
+SHAPE = np.array([name not in ('asymmetry', 'metopic', 'cleft', 'tongue', 'mouth_open', 'squint', 'ptosis', 'coloboma', 'cloudy', 'blue_sclera', 'ear_tag',
+                               'chin_dimple', 'neck_web', 'synophrys', 'coarse') for name in LANDMARKS])   # landmarks that everybody has more or less of
 
 def _rng(*key: Any) -> np.random.Generator:
     "A generator that depends on the key only, the same on every machine."
@@ -222,7 +224,7 @@ def disease_gestalt(
     seed: int = 0,     # seed of the cohort
 ) -> np.ndarray:       # mean of each landmark in this disease, standard units
     "The look of a disease, which no term states."
-    return SIGNAL*_rng('disease', disease_id, seed).standard_normal(len(LANDMARKS))
+    return SIGNAL*SHAPE*_rng('disease', disease_id, seed).standard_normal(len(LANDMARKS))
 
 def patient_gestalt(
     disease_id: str,   # the patient's disease
@@ -230,9 +232,9 @@ def patient_gestalt(
     seed: int = 0,     # seed of the cohort
 ) -> np.ndarray:       # the patient's landmarks
     "Disease mean plus the patient's own scatter."
-    return disease_gestalt(disease_id, seed) + SCATTER*_rng('patient', disease_id, case_id, seed).standard_normal(len(LANDMARKS))
+    return disease_gestalt(disease_id, seed) + SCATTER*SHAPE*_rng('patient', disease_id, case_id, seed).standard_normal(len(LANDMARKS))
 
-# %% ../nbs/05_images.ipynb #0030
+# %% ../nbs/05_images.ipynb #0031
 def face(
     terms: Sequence[str],                   # HPO ids the portrait shall show
     gestalt: Optional[np.ndarray] = None,   # landmarks from `patient_gestalt`; None: an average face
@@ -245,7 +247,7 @@ def face(
     for t in drawn_terms(terms, ontology): z += _rng('strength', t, seed).uniform(.5, 1.25)*DRAWN[t][1]
     return 3.2*np.tanh(z/3.2)
 
-# %% ../nbs/05_images.ipynb #0033
+# %% ../nbs/05_images.ipynb #0034
 def smooth(
     points: np.ndarray,    # (n, 2) corners
     closed: bool = True,   # a loop, or an open line whose ends stay
@@ -259,7 +261,9 @@ def smooth(
         p = q if closed else np.concatenate([p[:1], q, p[-1:]])
     return p
 
-# %% ../nbs/05_images.ipynb #0035
+# %% ../nbs/05_images.ipynb #0036
+CENTRE, ZOOM = np.array([.5, .52]), 1.3   # what part of the unit square is seen
+
 class Pen:
     "Draws in unit coordinates on an oversized sheet; mirrored pairs in one call."
     def __init__(self, size: int, scale: int, paper: tuple, skin: tuple, ink: tuple):
@@ -271,7 +275,9 @@ class Pen:
         t = float(np.clip(dark, -1, 1))
         mix = self.skin + t*(self.ink - self.skin) if t >= 0 else self.skin - t*(255 - self.skin)
         return tuple(int(v) for v in mix)
-    def at(self, points) -> list: return [(float(x), float(y)) for x, y in np.asarray(points, float)*self.px]
+    def at(self, points) -> list:
+        "Pixels of points in unit coordinates; the head fills the sheet."
+        return [(float(x), float(y)) for x, y in ((np.asarray(points, float) - CENTRE)*ZOOM + .5)*self.px]
     def shape(self, points, fill=None, line=None, width=.008):
         "A filled closed curve with an optional outline."
         p = self.at(points)
@@ -281,7 +287,7 @@ class Pen:
         "An open line."
         self.draw.line(self.at(points), fill=line, width=max(1, round(width*self.px)), joint='curve')
 
-# %% ../nbs/05_images.ipynb #0037
+# %% ../nbs/05_images.ipynb #0038
 def ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0., n: int = 20) -> np.ndarray:
     "Points of an ellipse, turned by `turn` radians."
     t = np.linspace(0, 2*np.pi, n, endpoint=False)
@@ -292,14 +298,14 @@ def shade(pen: Pen, patches: Sequence[tuple], inside: np.ndarray) -> None:
     "Blend soft ellipses `(x, y, rx, ry, dark)` into the skin inside a curve."
     small = 32
     mask = Image.new('L', (pen.px, pen.px)); ImageDraw.Draw(mask).polygon(pen.at(inside), fill=255)
-    yy, xx = (np.mgrid[:small, :small] + .5)/small
+    yy, xx = ((np.mgrid[:small, :small] + .5)/small - .5)/ZOOM + CENTRE[::-1, None, None]
     total = sum(d*np.exp(-((xx - x)/rx)**2 - ((yy - y)/ry)**2) for x, y, rx, ry, d in patches)
     for sign, colour in ((1, pen.tone(1)), (-1, (255, 255, 255))):
         depth = Image.fromarray((255*np.clip(sign*total, 0, .8)).astype('uint8')).resize(mask.size, Image.BILINEAR)
         pen.sheet.paste(Image.new('RGB', mask.size, colour), (0, 0), Image.composite(depth, Image.new('L', mask.size), mask))
     pen.draw = ImageDraw.Draw(pen.sheet)
 
-# %% ../nbs/05_images.ipynb #0039
+# %% ../nbs/05_images.ipynb #0040
 def layout(
     z: dict,    # landmark to value
 ) -> dict:      # heights and widths in unit coordinates
@@ -310,8 +316,7 @@ def layout(
     mouth = nose + f*(.075 + .016*z['philtrum_length'])
     chin = mouth + f*(.125 + .018*z['chin_length'])
     top = eye - f*(.27 + .014*z['forehead_height'] + .016*z['head_size'])
-    return dict(eye=eye, nose=nose, mouth=mouth, chin=chin, top=top, width=.25*(1 + .06*z['face_width']),
-                hair=top + .075 + .014*z['forehead_height'] + .016*z['hairline_low']*-1*-1, tilt=.010*z['asymmetry'])
+    return dict(eye=eye, nose=nose, mouth=mouth, chin=chin, top=top, width=.25*(1 + .06*z['face_width']), tilt=.010*z['asymmetry'])
 
 def mirror(points: np.ndarray, tilt: float = 0.) -> np.ndarray:
     "Reflect points given right of the middle line to the left; `tilt` lets the left side hang."
@@ -328,7 +333,7 @@ def outline(z: dict, at: dict) -> np.ndarray:
     right = np.array(right) + (.5, 0)
     return smooth(np.concatenate([right, mirror(right, at['tilt'])[::-1]]))
 
-# %% ../nbs/05_images.ipynb #0042
+# %% ../nbs/05_images.ipynb #0043
 def draw_back(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     "Hair behind the head, neck and ears."
     w, out = at['width'], .018*np.clip(1 + .45*z['hair_dense'], 0, 2.2)
@@ -342,9 +347,8 @@ def draw_back(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     fold = ellipse(.5 + w*.99 + .6*rx, y, .5*max(rx, .008), .6*max(ry, .015), .18 + .16*z['ear_turn'])
     for side in (lambda p: p, lambda p: mirror(p, at['tilt'])):
         pen.shape(side(ear), pen.tone(.07), pen.tone(.75)); pen.shape(side(fold), pen.tone(.22))
-    if z['ear_tag'] > .8: pen.shape(ellipse(.5 + .93*w, y + .05, .013, .013), pen.tone(.3), pen.tone(.75), .005)
 
-# %% ../nbs/05_images.ipynb #0043
+# %% ../nbs/05_images.ipynb #0044
 def draw_hair(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     "The hair on top; sparse hair lets the skin through, curls waver."
     w, line = at['width'], at['top'] + .07 + .012*z['forehead_height'] + .018*z['hairline_low']
@@ -358,7 +362,7 @@ def draw_hair(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     front[1:-1, 1] += .010*max(0, z['hair_curl'])*np.cos(9*t[1:-1])
     if dense > .02: pen.shape(np.concatenate([crown, front]), colour)
 
-# %% ../nbs/05_images.ipynb #0045
+# %% ../nbs/05_images.ipynb #0046
 def draw_eye(pen: Pen, z: dict, at: dict, side: int) -> None:
     "One eye; `side` is 1 (image right) or -1."
     x, y = .5 + side*(.104 + .0135*z['eye_spacing']), at['eye'] + (at['tilt'] if side < 0 else 0)
@@ -372,14 +376,15 @@ def draw_eye(pen: Pen, z: dict, at: dict, side: int) -> None:
     b, r, ix = ImageDraw.Draw(ball), max(.008, .0225*(1 + .11*z['iris'] + .05*z['eye_size'])), x - .012*z['squint']*(side > 0)
     b.polygon(Pen.at(pen, ellipse(ix, y, r, r)), fill=(88, 74, 66))
     c = int(20 + 75*np.clip(z['cloudy'], 0, 2.6)); b.polygon(Pen.at(pen, ellipse(ix, y, .5*r, .5*r)), fill=(c, c, c))
-    if z['coloboma'] > .8: b.polygon(Pen.at(pen, [(ix - .4*r, y), (ix + .4*r, y), (ix, y + 1.3*r)]), fill=(15, 15, 15))
+    if z['coloboma'] > .8: b.polygon(Pen.at(pen, [(ix - .6*r, y), (ix + .6*r, y), (ix + .5*r, y + 1.4*r), (ix - .5*r, y + 1.4*r)]), fill=(10, 10, 10))
     pen.sheet.paste(ball, (0, 0), mask)
     upper = smooth(np.stack([x + side*almond[:4, 0], y + almond[:4, 1]], 1), False, 2)
-    pen.stroke(loop, pen.tone(.55), .005); pen.stroke(upper, pen.tone(1), .008 + .0028*max(-2, z['lashes']))
+    pen.stroke(loop, pen.tone(.55), .005); pen.stroke(upper, pen.tone(1), .010 + .004*np.clip(z['lashes'], -1.5, 1.5))
+    for p in upper[2:-1:3] if z['lashes'] > .4 else (): pen.stroke([p, p + (side*.006, -.010*z['lashes'])], pen.tone(1), .006)
     pen.stroke(upper - (0, .016 + .004*z['ptosis']), pen.tone(.35 + .12*z['eye_depth']), .005)
     if z['epicanthus'] > 0: pen.stroke(smooth([(x - side*lx*.5, y - 1.3*ly), (x - side*lx*1.15, y - .2*ly), (x - side*lx*.75, y + 1.5*ly)], False), pen.tone(.22*z['epicanthus']), .006 + .002*z['epicanthus'])
 
-# %% ../nbs/05_images.ipynb #0046
+# %% ../nbs/05_images.ipynb #0047
 def draw_brows(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     "Eyebrows: arch, thickness, and whether they meet."
     x, y = .104 + .0135*z['eye_spacing'], at['eye'] - .062 + .006*z['eye_depth'] + .004*z['ridge']
@@ -393,25 +398,25 @@ def draw_brows(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
 def draw_nose(pen: Pen, z: dict, at: dict) -> None:
     "Bridge, tip, wings, nostrils, columella and philtrum."
     y, bw, nw = at['nose'], .024*(1 + .17*z['bridge_width']), .046*(1 + .115*z['nose_width'])
-    tip = .024*(1 + .17*z['nose_tip'])
+    tip = .026*max(.3, 1 + .30*z['nose_tip'])
     side = smooth([(.5 + bw*1.2, at['eye'] - .03), (.5 + bw, at['eye'] + .02), (.5 + .8*bw + .2*tip, y - .055), (.5 + tip, y - .028)], False)
     wing = smooth([(.5 + .85*nw, y - .034), (.5 + nw*(1.1 + .06*z['alae']), y - .012), (.5 + .75*nw, y + .008), (.5 + .4*nw, y + .002)], False)
     hole = ellipse(.5 + .5*nw, y - .002 - .003*z['nostrils'], .013*(1 + .1*z['nostrils']), max(.002, .0055*(1 + .42*z['nostrils'])), -.3)
     for p in (lambda a: a, lambda a: mirror(a, .5*at['tilt'])):
         pen.stroke(p(side), pen.tone(.30 + .12*z['bridge_height']), .006); pen.stroke(p(wing), pen.tone(.75 + .1*z['alae']), .008)
         pen.shape(p(hole), pen.tone(.85))
-    pen.stroke(smooth([(.5 - tip, y - .018), (.5, y + .006 + .007*z['columella']), (.5 + tip, y - .018)], False), pen.tone(.55 + .12*z['nose_tip']), .007)
-    px, dark = .014*(1 + .2*z['philtrum_width']), .30 + .16*z['philtrum_depth']
+    pen.stroke(smooth([(.5 - tip, y - .018), (.5, y + .006 + .011*z['columella']), (.5 + tip, y - .018)], False), pen.tone(.55 + .15*z['nose_tip']), .009)
+    px, dark = .016*(1 + .35*z['philtrum_width']), .42 + .22*z['philtrum_depth']
     if dark > .03:
-        for s in (-1, 1): pen.stroke([(.5 + .8*s*px, y + .018), (.5 + s*px, at['mouth'] - .02)], pen.tone(dark), .006)
+        for s in (-1, 1): pen.stroke([(.5 + .8*s*px, y + .018), (.5 + s*px, at['mouth'] - .02)], pen.tone(dark), .009)
 
-# %% ../nbs/05_images.ipynb #0047
+# %% ../nbs/05_images.ipynb #0048
 def draw_mouth(pen: Pen, z: dict, at: dict) -> None:
     "Lips, corners, an open mouth, the tongue, a cleft; and the dimple and crease of the chin."
     y, w, down = at['mouth'], .078*(1 + .11*z['mouth_width']), .011*z['corners_down'] - .003
-    up, low = .017*max(.15, 1 + .27*z['upper_lip']), .021*max(.15, 1 + .27*z['lower_lip'])
-    gap, bow = .008*max(0., z['mouth_open']), .006*(1 + .5*z['cupid'])
-    lip, tilt = (np.array(pen.tone(.35)) + (30, -8, -4)).clip(0, 255), np.array([(0, at['tilt']*.9)])
+    up, low = .018*max(.12, 1 + .34*z['upper_lip']), .022*max(.12, 1 + .34*z['lower_lip'])
+    gap, bow = .008*max(0., z['mouth_open']), .006*(1 + .9*z['cupid'])
+    lip, tilt = (np.array(pen.tone(.35)) + (30, -8, -4)).clip(0, 255), np.array([(0, at['tilt']*.5)])
     line = lambda pts: smooth(pts, False) + tilt*np.sign(.5 - smooth(pts, False)[:, :1])*np.abs(smooth(pts, False)[:, :1] - .5)/w
     mid = [(.5 - w, y + down), (.5 - .4*w, y), (.5, y + .003), (.5 + .4*w, y), (.5 + w, y + down)]
     top = line([(.5 + w, y + down), (.5 + .35*w, y - up - bow), (.5 + .1*w, y - up - .3*bow), (.5, y - up + bow), (.5 - .1*w, y - up - .3*bow), (.5 - .35*w, y - up - bow), (.5 - w, y + down)])
@@ -423,9 +428,9 @@ def draw_mouth(pen: Pen, z: dict, at: dict) -> None:
     pen.stroke(line(mid), pen.tone(.95), .007)
     if z['cleft'] > .8: pen.stroke(smooth([(.5 + .28*w, y + .002), (.5 + .22*w, y - up - .01), (.53, at['nose'] + .004)], False), pen.tone(.95), .006 + .004*z['cleft'])
     pen.stroke(smooth([(.5 - .3*w, y + gap + low + .028), (.5, y + gap + low + .022), (.5 + .3*w, y + gap + low + .028)], False), pen.tone(.35), .006)
-    if z['chin_dimple'] > .6: pen.stroke([(.5, at['chin'] - .035), (.5, at['chin'] - .014)], pen.tone(.3*z['chin_dimple']), .008)
+    if z['chin_dimple'] > .6: pen.stroke([(.5, at['chin'] - .035), (.5, at['chin'] - .014)], pen.tone(.4*z['chin_dimple']), .016)
 
-# %% ../nbs/05_images.ipynb #0049
+# %% ../nbs/05_images.ipynb #0050
 def draw_relief(pen: Pen, z: dict, at: dict, contour: np.ndarray) -> None:
     "Soft light and shadow over the bare face."
     e, w, x = at['eye'], at['width'], .104 + .0135*z['eye_spacing']
@@ -437,11 +442,12 @@ def draw_relief(pen: Pen, z: dict, at: dict, contour: np.ndarray) -> None:
                     (.5 + s*.55*w, at['nose'] + .02, .06, .05, -.07*z['cheeks']), (.5 + s*.32*w, at['nose'] - .02, .05, .06, -.12*z['midface']),
                     (.5 + s*.98*w, at['nose'], .05, .20, .22)]
     shade(pen, patches, contour)
+    if z['ear_tag'] > .3: pen.shape(ellipse(.5 + .93*w, e + .10, .018, .018), pen.tone(.35), pen.tone(.9), .006)
     if z['coarse'] > 0:
         fold = smooth([(.552, at['nose'] - .02), (.592, at['nose'] + .03), (.60, at['mouth'] + .015)], False)
         for p in (fold, mirror(fold, at['tilt'])): pen.stroke(p, pen.tone(.20*z['coarse']), .005 + .002*z['coarse'])
 
-# %% ../nbs/05_images.ipynb #0051
+# %% ../nbs/05_images.ipynb #0052
 SKINS = ((238, 212, 190), (224, 190, 162), (202, 160, 128), (168, 124, 96), (134, 96, 74))
 HAIRS = ((70, 54, 44), (52, 42, 38), (96, 72, 52), (38, 34, 34))
 
@@ -465,7 +471,7 @@ def draw_face(
     moved = pen.sheet.transform(pen.sheet.size, Image.AFFINE, (1, 0, dx, 0, 1, dy), fillcolor=pen.paper)
     return moved.resize((size, size), Image.LANCZOS)
 
-# %% ../nbs/05_images.ipynb #0052
+# %% ../nbs/05_images.ipynb #0053
 def draw_portrait(
     terms: Sequence[str],                   # HPO ids the portrait shall show
     gestalt: Optional[np.ndarray] = None,   # from `patient_gestalt`; None: a neutral face
@@ -475,3 +481,45 @@ def draw_portrait(
 ) -> Image.Image:                           # RGB
     "The portrait of a patient: a schematic drawing, never a real person."
     return draw_face(face(terms, gestalt, seed, ontology), seed, size)
+
+# %% ../nbs/05_images.ipynb #0056
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],   # pictures of one size, row by row
+    titles: Sequence[str] = (),              # a name for each row, or for each picture of the first row
+    side: int = 96,                          # pixels of one picture
+) -> Image.Image:
+    "Pictures in a grid, with names over the columns or beside the rows."
+    over = len(titles) == max(map(len, rows)) != len(rows)
+    left, head = (0, 14) if over else (150 if titles else 0, 0)
+    sheet = Image.new('RGB', (left + side*max(map(len, rows)), (side + head)*len(rows)), 'white')
+    pen = ImageDraw.Draw(sheet)
+    for y, row in enumerate(rows):
+        for x, im in enumerate(row): sheet.paste(im.convert('RGB').resize((side, side), Image.LANCZOS), (left + x*side, y*(side + head) + head))
+    for n, t in enumerate(titles): pen.text((2 + n*side, 1) if over else (4, n*side + side//2 - 6), t[:26 if not over else 15], fill=(40, 40, 40))
+    return sheet
+
+# %% ../nbs/05_images.ipynb #0065
+def _to_rgb(im: Image.Image) -> Image.Image:
+    "Any mode to 8-bit RGB; transparency over white."
+    if im.mode.startswith(('I', 'F')):
+        a = np.asarray(im, float); top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
+        im = Image.fromarray((255*np.clip(a/top, 0, 1)).astype('uint8'))
+    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
+        im = im.convert('RGBA'); white = Image.new('RGBA', im.size, 'white'); white.alpha_composite(im); im = white
+    return im.convert('RGB')
+
+def load_image(
+    path: Path | str,   # picture of any common format, or a `.npy` vector
+    size: int = 64,     # pixels a side
+) -> np.ndarray:        # (3, size, size) float32 in 0-1, or the vector of the `.npy` file
+    "Read a picture, or an embedding in place of one."
+    try:
+        if Path(path).suffix == '.npy':
+            v = np.load(path, allow_pickle=False)
+            if v.ndim != 1 or not np.isfinite(v).all(): raise InputError(f'an embedding is one vector of finite numbers, not shape {v.shape}', file=path)
+            return v.astype('float32')
+        with Image.open(path) as im: im = _to_rgb(ImageOps.exif_transpose(im))
+    except InputError: raise
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+        raise InputError(f'is not a readable picture: {e}', file=path) from e
+    return np.asarray(ImageOps.fit(im, (size, size), Image.LANCZOS), 'float32').transpose(2, 0, 1)/255

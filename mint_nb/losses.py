@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'log1mexp', 'log_odds', 'Logps', 'nll', 'sft_loss', 'orpo_loss', 'dpo_loss']
 
-# %% ../nbs/31_losses.ipynb #0002
+# %% ../nbs/31_losses.ipynb #0003
 import math
 from typing import Callable, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/31_losses.ipynb #0005
+# %% ../nbs/31_losses.ipynb #0006
 def log1mexp(
     x: Tensor,   # negative numbers
 ) -> Tensor:     # log(1 - exp(x)), accurate on both sides
@@ -28,7 +28,7 @@ def log_odds(
     x = mean_logp.clamp(max=-1e-6)
     return x - log1mexp(x)
 
-# %% ../nbs/31_losses.ipynb #0009
+# %% ../nbs/31_losses.ipynb #0010
 class Logps(NamedTuple):
     "Summed token log-probabilities and lengths of n pairs; each field has shape (n,)."
     chosen: Tensor                 # sum over the chosen answer's tokens
@@ -40,7 +40,7 @@ class Logps(NamedTuple):
     ref_chosen: Tensor | None = None    # sums under the reference model
     ref_rejected: Tensor | None = None
 
-# %% ../nbs/31_losses.ipynb #0012
+# %% ../nbs/31_losses.ipynb #0013
 def nll(lp: Logps, nll_on: str = 'response') -> Tensor:
     "Mean negative log-likelihood of the chosen answers (`response`), or of prompt and answer (`trl`)."
     if nll_on == 'trl': return -((lp.chosen + lp.prompt) / (lp.chosen_len + lp.prompt_len)).mean()
@@ -51,14 +51,14 @@ def sft_loss(lp: Logps, nll_on: str = 'response', **_) -> tuple[Tensor, dict]:
     loss = nll(lp, nll_on)
     return loss, {'nll': loss.detach()}
 
-# %% ../nbs/31_losses.ipynb #0015
+# %% ../nbs/31_losses.ipynb #0016
 def orpo_loss(lp: Logps, beta: float = 0.1, nll_on: str = 'response', **_) -> tuple[Tensor, dict]:
     "Odds ratio preference optimisation (arXiv 2403.07691, equations 6 and 7)."
     odds_w, odds_l = log_odds(lp.chosen / lp.chosen_len), log_odds(lp.rejected / lp.rejected_len)
     likelihood, ratio = nll(lp, nll_on), -F.logsigmoid(odds_w - odds_l).mean()
     return likelihood + beta*ratio, {'nll': likelihood.detach(), 'odds_ratio_loss': ratio.detach(), 'log_odds': (odds_w - odds_l).mean().detach()}
 
-# %% ../nbs/31_losses.ipynb #0019
+# %% ../nbs/31_losses.ipynb #0020
 def dpo_loss(lp: Logps, beta: float = 0.1, **_) -> tuple[Tensor, dict]:
     "Direct preference optimisation against a reference model."
     margin = beta*((lp.chosen - lp.ref_chosen) - (lp.rejected - lp.ref_rejected))

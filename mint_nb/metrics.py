@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'listed_answers', 'score_ids', 'agreement', 'teacher_ends'
            'score_cases', 'draw_counts', 'grouped_bootstrap', 'summarise', 'paired_differences', 'score_methods',
            'results_table', 'difference_table', 'binned_gap', 'conf_ece', 'cw_ece', 'brier', 'nll']
 
-# %% ../nbs/03_metrics.ipynb #0002
+# %% ../nbs/03_metrics.ipynb #0003
 import difflib, functools, re
 from typing import Literal, Optional, Sequence
 
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from .core import InputError
 from .tasks import Case, Catalogue, Rankings
 
-# %% ../nbs/03_metrics.ipynb #0006
+# %% ../nbs/03_metrics.ipynb #0007
 METRICS = {
     'top1': 'the true answer is named first',
     'top5': 'the true answer is among the first five',
@@ -30,7 +30,7 @@ METRICS = {
     'listed': 'number of names given',
 }
 
-# %% ../nbs/03_metrics.ipynb #0010
+# %% ../nbs/03_metrics.ipynb #0011
 def listed_answers(
     rankings: Rankings,                   # any number of cases
 ) -> dict[str, tuple[list, list]]:        # case id to (answer ids or None, written names), most likely first
@@ -44,7 +44,7 @@ def listed_answers(
         out[case][1].append(w if isinstance(w, str) else '')
     return out
 
-# %% ../nbs/03_metrics.ipynb #0014
+# %% ../nbs/03_metrics.ipynb #0015
 def score_ids(
     ids: Sequence[Optional[str]],   # answer ids, most likely first; None where unresolved
     truth: Optional[str],           # id of the true answer; None: not known
@@ -57,7 +57,7 @@ def score_ids(
     rank = ids.index(truth) + 1 if truth in ids else np.inf
     return {f'top{n}': float(rank <= n) for n in (1, 5, 10)} | {'mrr': 1/rank} | out
 
-# %% ../nbs/03_metrics.ipynb #0018
+# %% ../nbs/03_metrics.ipynb #0019
 def agreement(
     ids: Sequence[Optional[str]],   # the student's answer ids, most likely first
     top: set[str],                  # the teacher's first k
@@ -70,7 +70,7 @@ def agreement(
     cov, avd = len(set(mine) & top)/len(top), 1 - len(set(mine) & bottom)/len(mine)
     return {'coverage': cov, 'avoidance': avd, 'car': (1 + lam)*cov*avd/(lam*cov + avd) if cov + avd else 0.0}
 
-# %% ../nbs/03_metrics.ipynb #0022
+# %% ../nbs/03_metrics.ipynb #0023
 def teacher_ends(
     teacher: Rankings,       # head and tail of the teacher's ranking
     cases: Sequence[Case],
@@ -90,7 +90,7 @@ def teacher_ends(
         out[c.id] = set(head.answer_id), set(tail.answer_id)
     return out
 
-# %% ../nbs/03_metrics.ipynb #0025
+# %% ../nbs/03_metrics.ipynb #0026
 @functools.lru_cache(200_000)
 def name_similarity(
     a: str, b: str,   # two written names
@@ -99,7 +99,7 @@ def name_similarity(
     plain = lambda s: re.sub(r'[^\w\s]', '', s.lower()).strip()
     return difflib.SequenceMatcher(None, plain(a), plain(b)).ratio()
 
-# %% ../nbs/03_metrics.ipynb #0028
+# %% ../nbs/03_metrics.ipynb #0029
 def score_reference(
     written: Sequence[str],      # listed names, most likely first
     truth: Optional[str],        # the true name; parts are separated by ';'
@@ -117,13 +117,13 @@ def score_reference(
     rank = hits[0] if hits and any(known) else np.inf
     return {f'top{n}': float(rank <= n) for n in (1, 5, 10)} | {'mrr': 1/rank} | out
 
-# %% ../nbs/03_metrics.ipynb #0032
+# %% ../nbs/03_metrics.ipynb #0033
 def _truth(case: Case, label: str, catalogue: Catalogue, scoring: str) -> Optional[str]:
     "True id, or true name under the string rule; None if the case carries no label."
     true = case.labels.get(label)
     return catalogue.names.get(true, true) if true and scoring == 'reference' else true or None
 
-# %% ../nbs/03_metrics.ipynb #0033
+# %% ../nbs/03_metrics.ipynb #0034
 def score_cases(
     rankings: Rankings,                # what one method answered
     cases: Sequence[Case],             # the cases it was asked
@@ -145,7 +145,7 @@ def score_cases(
         rows += [(c.id, c.group or c.id, m, s[m]) for m in METRICS if m in s]
     return pd.DataFrame(rows, columns=['case_id', 'group', 'metric', 'value'])
 
-# %% ../nbs/03_metrics.ipynb #0038
+# %% ../nbs/03_metrics.ipynb #0039
 @functools.lru_cache(8)
 def draw_counts(
     n: int,           # units: groups, or seeds
@@ -157,7 +157,7 @@ def draw_counts(
     counts.flags.writeable = False
     return counts
 
-# %% ../nbs/03_metrics.ipynb #0041
+# %% ../nbs/03_metrics.ipynb #0042
 def grouped_bootstrap(
     values: np.ndarray,        # (seeds, cases)
     groups: Sequence[str],     # group of each case
@@ -176,7 +176,7 @@ def grouped_bootstrap(
     lo, hi = np.percentile((means*v).sum(1), [2.5, 97.5])
     return mean, float(lo), float(hi)
 
-# %% ../nbs/03_metrics.ipynb #0046
+# %% ../nbs/03_metrics.ipynb #0047
 def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
     "Values of one metric, seeds by cases; cases that a seed lacks are an error."
     t = per_case[(per_case.metric == metric) & per_case.value.notna()]
@@ -187,7 +187,7 @@ def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
     if block.isna().any().any(): raise InputError('a seed lacks this case', record=block.columns[block.isna().any()][0], field=metric)
     return block
 
-# %% ../nbs/03_metrics.ipynb #0047
+# %% ../nbs/03_metrics.ipynb #0048
 def summarise(
     per_case: pd.DataFrame,   # from `score_cases`, of one method; a column `seed` if several
     bootstrap: int = 2000,    # resamples
@@ -202,7 +202,7 @@ def summarise(
         rows.append((m, *grouped_bootstrap(block.to_numpy(), g, bootstrap, seed), block.shape[1], len(set(g))))
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
-# %% ../nbs/03_metrics.ipynb #0051
+# %% ../nbs/03_metrics.ipynb #0052
 def paired_differences(
     a: pd.DataFrame,          # `score_cases` of one method (a column `seed` if several)
     b: pd.DataFrame,          # the same cases by another
@@ -221,7 +221,7 @@ def paired_differences(
         if d.size: rows.append((m, *grouped_bootstrap(d, g, bootstrap, seed), d.shape[1], len(set(g)), len(d)))
     return pd.DataFrame(rows, columns=['metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds'])
 
-# %% ../nbs/03_metrics.ipynb #0056
+# %% ../nbs/03_metrics.ipynb #0057
 def score_methods(
     answers: dict[tuple[str, int], Rankings],    # (method, seed) to what it answered
     cases: Sequence[Case],
@@ -239,7 +239,7 @@ def score_methods(
         out.append(score_cases(rankings, cases, catalogue, label, teacher, **kw).assign(method=method, seed=seed))
     return pd.concat(out, ignore_index=True)[['method', 'seed', 'case_id', 'group', 'metric', 'value']]
 
-# %% ../nbs/03_metrics.ipynb #0060
+# %% ../nbs/03_metrics.ipynb #0061
 def results_table(
     per_case: pd.DataFrame,   # from `score_methods`
     bootstrap: int = 2000,    # resamples
@@ -251,7 +251,7 @@ def results_table(
     out = pd.concat([summarise(t, bootstrap, seed).assign(method=m, seed=s) for m, s, t in parts], ignore_index=True)
     return out[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
 
-# %% ../nbs/03_metrics.ipynb #0063
+# %% ../nbs/03_metrics.ipynb #0064
 def difference_table(
     per_case: pd.DataFrame,   # from `score_methods`
     first: str = 'mint',      # compare this method with each other one; all pairs if it is absent
@@ -265,7 +265,7 @@ def difference_table(
     out = [paired_differences(by[a], by[b], bootstrap, seed).assign(a=a, b=b) for a, b in pairs]
     return pd.concat(out, ignore_index=True)[columns] if out else pd.DataFrame(columns=columns)
 
-# %% ../nbs/03_metrics.ipynb #0066
+# %% ../nbs/03_metrics.ipynb #0067
 def binned_gap(
     confidence: np.ndarray,   # (n,) stated probabilities
     correct: np.ndarray,      # (n,) whether it happened
@@ -276,7 +276,7 @@ def binned_gap(
     total = np.bincount(code, np.asarray(correct, float) - confidence, bins)
     return float(np.abs(total).sum()/len(code))
 
-# %% ../nbs/03_metrics.ipynb #0069
+# %% ../nbs/03_metrics.ipynb #0070
 def _check_probs(probs, truth) -> tuple[np.ndarray, np.ndarray]:
     "Arrays of the right shape whose rows are distributions."
     p, y = np.asarray(probs, float), np.asarray(truth, int)
@@ -293,7 +293,7 @@ def conf_ece(
     p, y = _check_probs(probs, truth)
     return binned_gap(p.max(1), p.argmax(1) == y, bins)
 
-# %% ../nbs/03_metrics.ipynb #0071
+# %% ../nbs/03_metrics.ipynb #0072
 def cw_ece(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer
@@ -303,7 +303,7 @@ def cw_ece(
     p, y = _check_probs(probs, truth)
     return float(np.mean([binned_gap(p[:, j], y == j, bins) for j in range(p.shape[1])]))
 
-# %% ../nbs/03_metrics.ipynb #0074
+# %% ../nbs/03_metrics.ipynb #0075
 def brier(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer
@@ -312,7 +312,7 @@ def brier(
     p, y = _check_probs(probs, truth)
     return float(((p - np.eye(p.shape[1])[y])**2).sum(1).mean())
 
-# %% ../nbs/03_metrics.ipynb #0076
+# %% ../nbs/03_metrics.ipynb #0077
 def nll(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer

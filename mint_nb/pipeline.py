@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ALIGNED', 'SPEEDS', 'LEARNS', 'nbs_folder', 'Step', 'students', 'plan', 'work_seconds', 'estimate',
-           'minutes', 'NotebookFailed', 'BarsOnly', 'run_notebook', 'prepare_run', 'run_step', 'run_pipeline',
-           'step_state', 'status']
+           'minutes', 'NotebookFailed', 'BarsOnly', 'run_notebook', 'prepare_run', 'run_step', 'check_methods',
+           'run_pipeline', 'step_state', 'status']
 
-# %% ../nbs/60_pipeline.ipynb #0002
+# %% ../nbs/60_pipeline.ipynb #0003
 import importlib.util, os, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd, yaml
 
 from .core import InputError, Params, Run, atomic_path, open_params, open_run, resolve_params, stage_done, write_table
 
-# %% ../nbs/60_pipeline.ipynb #0005
+# %% ../nbs/60_pipeline.ipynb #0006
 STAGES = ('09_cohort', '19_upstream', '29_preferences', '39_align', '49_predict', '59_analysis')
 
 def nbs_folder() -> Path:
@@ -28,7 +28,7 @@ def nbs_folder() -> Path:
         if (p/f'{STAGES[0]}.ipynb').exists(): return p
     raise InputError('the stage notebooks are missing', file=places[-1], hint='install the package again, or work in a checkout')
 
-# %% ../nbs/60_pipeline.ipynb #0008
+# %% ../nbs/60_pipeline.ipynb #0009
 @dataclass(frozen=True)
 class Step:
     "One execution of a stage notebook."
@@ -41,7 +41,7 @@ class Step:
         "Name of the executed copy, for example `39_align-mint-0`."
         return '-'.join([self.notebook, *map(str, self.values.values())])
 
-# %% ../nbs/60_pipeline.ipynb #0010
+# %% ../nbs/60_pipeline.ipynb #0011
 ALIGNED = ('sft', 'dpo', 'dpo_full', 'mint', 'mint_note', 'mint_shuffled', 'sft_gold')   # methods with a training stage
 
 def students(
@@ -61,7 +61,7 @@ def plan(
     steps += [Step('49_predict', f'predict/{m}-{s}', {'method': m, 'seed': s}) for s in seeds for m in params.methods]
     return steps + [Step('59_analysis', 'analysis')]
 
-# %% ../nbs/60_pipeline.ipynb #0014
+# %% ../nbs/60_pipeline.ipynb #0015
 SPEEDS = dict(   # measured on two Zen 3 cores
     start=6.,            # s to start a kernel and import
     case=.03,            # s to write a note and draw a portrait
@@ -72,7 +72,7 @@ SPEEDS = dict(   # measured on two Zen 3 cores
     tiny=4.)             # times faster, at least, is the tiny random student
 LEARNS = {'dpo_full': 2., 'dpo': 1.2}   # share of work relative to one pass over chosen and rejected lists
 
-# %% ../nbs/60_pipeline.ipynb #0015
+# %% ../nbs/60_pipeline.ipynb #0016
 def work_seconds(
     step: Step,       # one notebook
     p: Params,        # of the run
@@ -91,6 +91,7 @@ def work_seconds(
         return p.cohort.test*p.predict.max_new_tokens/v['write']/faster
     return 1.
 
+# %% ../nbs/60_pipeline.ipynb #0019
 def estimate(
     params: Params,                         # of the run
     steps: Optional[Sequence[Step]] = None, # only these; None: the whole plan
@@ -99,14 +100,14 @@ def estimate(
     steps = plan(params) if steps is None else steps
     return pd.DataFrame([(s.name, SPEEDS['start'] + work_seconds(s, params)) for s in steps], columns=['step', 'seconds'])
 
-# %% ../nbs/60_pipeline.ipynb #0017
+# %% ../nbs/60_pipeline.ipynb #0020
 def minutes(seconds: float) -> str:
     "Seconds as people say them: '40 s', '7 min', '1 h 20 min'."
     if seconds < 90: return f'{seconds:.0f} s'
     m = round(seconds/60)
-    return f'{m} min' if m < 90 else f'{m//60} h {m % 60} min'
+    return f'{m} min' if m < 60 else f'{m//60} h {m % 60} min'
 
-# %% ../nbs/60_pipeline.ipynb #0020
+# %% ../nbs/60_pipeline.ipynb #0025
 class NotebookFailed(RuntimeError):
     "A stage notebook did not finish; knows the executed copy, the failing cell and the error."
     def __init__(self,
@@ -121,7 +122,7 @@ class NotebookFailed(RuntimeError):
         source = '\n'.join('    ' + l for l in cell.strip().splitlines()[:8])
         super().__init__(f'{self.copy.stem} failed{where}: {error}: {message}\n' + (f'{source}\n' if source else '') + f'  executed copy: {copy}')
 
-# %% ../nbs/60_pipeline.ipynb #0023
+# %% ../nbs/60_pipeline.ipynb #0028
 class BarsOnly:
     "A text stream that passes progress bars on to the terminal and drops everything else."
     def __init__(self, stream: Any = None): self.stream = stream or sys.stderr   # where bars go
@@ -133,7 +134,7 @@ class BarsOnly:
         "Flush the terminal."
         self.stream.flush()
 
-# %% ../nbs/60_pipeline.ipynb #0025
+# %% ../nbs/60_pipeline.ipynb #0030
 def _ipc(folder: str) -> Any:
     "Configuration of a kernel that talks over sockets in `folder` (a short path: Unix allows about 100 characters)."
     from traitlets.config import Config
@@ -153,7 +154,7 @@ def _finished(cell: Any) -> bool:
     "Did the kernel answer that the cell is done? (Text and empty cells always are.)"
     return cell.cell_type != 'code' or not cell.source.strip() or 'shell.execute_reply' in cell.metadata.get('execution', {})
 
-# %% ../nbs/60_pipeline.ipynb #0026
+# %% ../nbs/60_pipeline.ipynb #0031
 def run_notebook(
     source: Path | str,                # notebook
     copy: Path | str,                  # where its executed copy goes
@@ -174,7 +175,7 @@ def run_notebook(
     if not all(map(_finished, nb.cells)): raise _failure(copy, nb)
     return copy
 
-# %% ../nbs/60_pipeline.ipynb #0031
+# %% ../nbs/60_pipeline.ipynb #0036
 def prepare_run(
     out: Path | str,                   # run folder
     profile: str = 'laptop',           # recipe
@@ -189,7 +190,7 @@ def prepare_run(
             with atomic_path(file) as tmp: tmp.write_text(yaml.safe_dump(want.model_dump(mode='json'), sort_keys=False))
     return open_run(out, profile, overrides)
 
-# %% ../nbs/60_pipeline.ipynb #0034
+# %% ../nbs/60_pipeline.ipynb #0039
 def run_step(
     run: Run,                # the run folder
     step: Step,              # what to execute
@@ -202,7 +203,13 @@ def run_step(
     if entry := stage_done(run, step.stage): return entry
     raise NotebookFailed(copy, 'Incomplete', f'ran to its end, but the manifest has no finished stage {step.stage!r}')
 
-# %% ../nbs/60_pipeline.ipynb #0035
+# %% ../nbs/60_pipeline.ipynb #0040
+def check_methods(params: Params) -> None:
+    "Refuse a method that nobody knows, before an hour of work and not after it."
+    from mint_nb.predict import get_method   # imports torch
+    for m in params.methods: get_method(m)
+
+# %% ../nbs/60_pipeline.ipynb #0042
 def run_pipeline(
     out: Path | str,                    # run folder
     profile: str = 'laptop',            # recipe
@@ -215,6 +222,7 @@ def run_pipeline(
     run = prepare_run(out, profile, overrides)
     steps = [s for s in plan(run.params) if not until or s.notebook <= until]
     todo = [s for s in steps if not stage_done(run, s.stage)]
+    if todo: check_methods(run.params)
     say(f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, '
         f'about {minutes(estimate(run.params, todo).seconds.sum())} on two cores')
     for i, step in enumerate(steps, 1):
@@ -223,7 +231,7 @@ def run_pipeline(
         say(f'[{i:2}/{len(steps)}] {step.name:32} ' + ('done before' if before else f'{minutes(entry["seconds"])}, peak {entry["peak_mb"]/1024:.1f} GB'))
     return run
 
-# %% ../nbs/60_pipeline.ipynb #0039
+# %% ../nbs/60_pipeline.ipynb #0046
 def step_state(
     run: Run,          # the run folder
     step: Step,        # one notebook of its plan
@@ -233,6 +241,7 @@ def step_state(
     newest = next((e for e in reversed(run.manifest) if e['stage'] == step.stage), {})
     return ('missing' if not newest else 'failed' if newest['status'] == 'failed' else 'stale'), newest
 
+# %% ../nbs/60_pipeline.ipynb #0048
 def status(
     run: Run | Path | str,   # the run, or its folder
 ) -> pd.DataFrame:           # columns step, state, seconds, peak_mb, time, error

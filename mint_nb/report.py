@@ -6,15 +6,16 @@
 __all__ = ['LOOKS', 'COLUMNS', 'NOTICE', 'CAPTIONS', 'SHOWN', 'Look', 'look', 'in_order', 'drawn', 'save_figure', 'pooled',
            'accuracy_figure', 'plane_figure', 'forest_figure', 'training_figure', 'by_answer', 'heat_figure',
            'interval_text', 'results_wide', 'results_markdown', 'data_uri', 'figure_html', 'table_html',
-           'portrait_bytes', 'answer_list_html', 'case_html', 'section', 'para', 'page_html', 'headline', 'all_figures',
-           'worked_cases_html', 'how_made_html', 'external_references', 'write_report']
+           'portrait_bytes', 'answer_list_html', 'case_html', 'section', 'para', 'bullets', 'page_html', 'headline',
+           'all_figures', 'worked_cases_html', 'without_folders', 'how_made_html', 'external_references',
+           'write_report']
 
-# %% ../nbs/50_report.ipynb #0002
+# %% ../nbs/50_report.ipynb #0003
 import base64, functools, html, io, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, yaml
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ from .core import atomic_path
 from .metrics import METRICS, listed_answers
 from .tasks import Case, Catalogue, Rankings
 
-# %% ../nbs/50_report.ipynb #0006
+# %% ../nbs/50_report.ipynb #0007
 @dataclass(frozen=True)
 class Look:
     "How a method is drawn and called."
@@ -31,6 +32,7 @@ class Look:
     colour: str
     kind: str    # reference, teacher, knowledge, student or control
 
+# %% ../nbs/50_report.ipynb #0008
 LOOKS = {
     'chance': Look('chance', '#9ca3af', 'reference'),
     'teacher': Look('teacher, both views', '#111827', 'teacher'),
@@ -52,7 +54,7 @@ LOOKS = {
     'sft_gold': Look('SFT on true answers', '#f0bf72', 'control'),
 }
 
-# %% ../nbs/50_report.ipynb #0008
+# %% ../nbs/50_report.ipynb #0010
 _SPARE = ('#7c3aed', '#0e7490', '#a16207', '#be123c', '#4d7c0f', '#86198f')
 
 def look(
@@ -67,7 +69,7 @@ def look(
         label = label.replace('naive Bayes', "generator's own model") + (' (upper reference)' if stem == 'naive_bayes' else '')
     return Look(label + (', constrained' if constrained else ''), known.colour, known.kind)
 
-# %% ../nbs/50_report.ipynb #0011
+# %% ../nbs/50_report.ipynb #0013
 def in_order(
     methods: Iterable[str],
 ) -> list[str]:          # each once
@@ -76,12 +78,12 @@ def in_order(
     stem = lambda m: re.sub('_constrained$', '', m)
     return sorted(set(methods), key=lambda m: (place.get(stem(m), len(place)), stem(m), m))
 
-# %% ../nbs/50_report.ipynb #0018
+# %% ../nbs/50_report.ipynb #0020
 _STYLE = {**sns.axes_style('ticks'), 'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
           'axes.titlelocation': 'left', 'axes.labelsize': 9, 'axes.edgecolor': '#6b7280', 'axes.linewidth': .8, 'axes.spines.top': False,
           'axes.spines.right': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 9, 'text.color': '#1f2937', 'axes.labelcolor': '#374151',
           'xtick.color': '#4b5563', 'ytick.color': '#374151', 'legend.frameon': False, 'legend.fontsize': 8.5, 'figure.dpi': 110,
-          'svg.hashsalt': 'mint', 'figure.constrained_layout.use': True}
+          'axes.formatter.useoffset': False, 'svg.hashsalt': 'mint', 'figure.constrained_layout.use': True}
 
 def drawn(f: Callable) -> Callable:
     "Give a plotting function the common style, a footer with its `cohort`, and a closed figure."
@@ -94,7 +96,7 @@ def drawn(f: Callable) -> Callable:
         return fig
     return wrapped
 
-# %% ../nbs/50_report.ipynb #0020
+# %% ../nbs/50_report.ipynb #0022
 def save_figure(
     fig: Figure,
     stem: Path | str,           # path without ending
@@ -107,7 +109,7 @@ def save_figure(
         out.append(path)
     return out
 
-# %% ../nbs/50_report.ipynb #0023
+# %% ../nbs/50_report.ipynb #0025
 def pooled(
     table: pd.DataFrame,   # with columns method, seed, metric, ...
 ) -> pd.DataFrame:
@@ -122,7 +124,7 @@ def _places(methods: Sequence[str]) -> dict[str, float]:
         out[m], before = y, look(m).kind
     return out
 
-# %% ../nbs/50_report.ipynb #0025
+# %% ../nbs/50_report.ipynb #0027
 def _dots(ax, rows: pd.DataFrame, places: dict[str, float], value: str = 'value', colour: Optional[Callable] = None):
     "One dot with its interval for each row of a table."
     for r in rows.to_dict('records'):
@@ -132,13 +134,13 @@ def _dots(ax, rows: pd.DataFrame, places: dict[str, float], value: str = 'value'
 
 def _method_axis(ax, places: dict[str, float], simulated: bool):
     "Names of the methods on the vertical axis, first at the top."
-    ax.set_yticks(list(places.values()), [look(m, simulated).label for m in places])
+    ax.set_yticks(list(places.values()), [look(m, simulated).label.replace(' (', '\n(') for m in places], linespacing=.95)
     ax.set_ylim(max(places.values()) + .7, .3)
     ax.tick_params(axis='y', length=0)
     ax.grid(axis='x', color='#e5e7eb', lw=.8); ax.set_axisbelow(True)
     sns.despine(ax=ax, left=True)
 
-# %% ../nbs/50_report.ipynb #0026
+# %% ../nbs/50_report.ipynb #0028
 @drawn
 def accuracy_figure(
     table: pd.DataFrame,       # method, seed, metric, value, lo, hi
@@ -158,7 +160,7 @@ def accuracy_figure(
         ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.0f}')
     return fig
 
-# %% ../nbs/50_report.ipynb #0029
+# %% ../nbs/50_report.ipynb #0031
 def _apart(
     y: Sequence[float],   # wished positions
     gap: float,           # least distance
@@ -171,7 +173,7 @@ def _apart(
             if short > 1e-9: out[a] -= short/2; out[b] += short/2
     return out
 
-# %% ../nbs/50_report.ipynb #0031
+# %% ../nbs/50_report.ipynb #0033
 def _car_curves(ax, low: float, lam: float = 0.5):
     "Curves of equal CAR between avoidance `low` and 1."
     y = np.linspace(max(low, .01), 1, 200)
@@ -184,11 +186,12 @@ def _car_curves(ax, low: float, lam: float = 0.5):
 def _label_points(ax, rows: pd.DataFrame, simulated: bool):
     "Names beside the points, moved apart where they would overlap."
     low, high = ax.get_ylim()
-    for r, y in zip(rows.to_dict('records'), _apart(rows.y, .05*(high - low))):
+    places = _apart(rows.y, .05*(high - low))
+    for r, y in zip(rows.to_dict('records'), places + max(0, low - places.min())):
         ax.annotate(look(r['method'], simulated).label, (r['x'], r['y']), (1.04, y), textcoords=ax.get_yaxis_transform(), va='center', fontsize=8.5,
                     color=look(r['method']).colour, annotation_clip=False, arrowprops=dict(arrowstyle='-', color='#d1d5db', lw=.7, shrinkB=4))
 
-# %% ../nbs/50_report.ipynb #0032
+# %% ../nbs/50_report.ipynb #0034
 @drawn
 def plane_figure(
     table: pd.DataFrame,   # method, seed, metric (coverage, avoidance), value, lo, hi
@@ -211,7 +214,7 @@ def plane_figure(
     _label_points(ax, pd.DataFrame({'method': t.index, 'x': t['value', 'coverage'].values, 'y': t['value', 'avoidance'].values}), 'simulated' in cohort)
     return fig
 
-# %% ../nbs/50_report.ipynb #0035
+# %% ../nbs/50_report.ipynb #0037
 @drawn
 def forest_figure(
     differences: pd.DataFrame,   # a, b, metric, diff, lo, hi
@@ -236,9 +239,9 @@ def forest_figure(
     axes[0][0].set_ylabel(f'{look(a).label} minus ...')
     return fig
 
-# %% ../nbs/50_report.ipynb #0038
-_PANELS = (('training loss', {'loss': '-'}), ('log odds ratio, chosen to rejected', {'log_odds': '-', 'margin': '--'}),
-           ('log probability per token', {'chosen_logp': '-', 'rejected_logp': ':'}))
+# %% ../nbs/50_report.ipynb #0040
+_PANELS = (('training loss', '', {'loss': '-'}), ('chosen against rejected', ' (solid: log odds ratio, dashed: margin)', {'log_odds': '-', 'margin': '--'}),
+           ('log probability per token', ' (solid: chosen, dotted: rejected)', {'chosen_logp': '-', 'rejected_logp': ':'}))
 
 def _curve(ax, rows: pd.DataFrame, colour: str, style: str, label: Optional[str]):
     "Raw values faintly, and their running mean."
@@ -247,26 +250,26 @@ def _curve(ax, rows: pd.DataFrame, colour: str, style: str, label: Optional[str]
     smooth = rows.value.rolling(max(1, len(rows)//12), min_periods=1, center=True).mean()
     ax.plot(rows.step, smooth, color=colour, lw=1.7, ls=style, label=label)
 
-# %% ../nbs/50_report.ipynb #0039
+# %% ../nbs/50_report.ipynb #0041
 @drawn
 def training_figure(
     log: pd.DataFrame,   # method, seed, step, name, value
     cohort: str,
 ) -> Figure:
     "Loss, odds and likelihood over the updates, a colour per method, a mean over seeds."
-    panels = [(title, names) for title, names in _PANELS if set(names) & set(log.name)]
+    panels = [p for p in _PANELS if set(p[2]) & set(log.name)]
     fig, axes = plt.subplots(1, len(panels), figsize=(3.1*len(panels), 2.9), squeeze=False)
-    for ax, (title, names) in zip(axes[0], panels):
+    for ax, (title, key, names) in zip(axes[0], panels):
         for m in in_order(log.method):
             for name, style in names.items():
                 rows = log[(log.method == m) & (log.name == name) & np.isfinite(log.value)]
-                if len(rows): _curve(ax, rows, look(m).colour, style, look(m).label if style == '-' else None)
-        ax.set(title=title, xlabel='updates'); ax.margins(x=.02)
-    if len(panels) > 2: axes[0][2].text(.02, .03, 'solid: chosen, dotted: rejected', transform=axes[0][2].transAxes, fontsize=7.5, color='#6b7280')
+                for i, (_, part) in enumerate(rows.groupby(rows.get('phase', rows.name), sort=False)):   # DPO begins with a phase of SFT
+                    _curve(ax, part, look(m).colour, style, look(m).label if style == '-' and not i else None)
+        ax.set(title=title, xlabel=f'updates{key}'); ax.margins(x=.02)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper left', ncols=6)
     return fig
 
-# %% ../nbs/50_report.ipynb #0043
+# %% ../nbs/50_report.ipynb #0045
 def by_answer(
     per_case: pd.DataFrame,    # method, case_id, metric, value (several methods, seeds)
     cases: Sequence[Case],
@@ -284,7 +287,7 @@ def by_answer(
     wide.index = pd.Index([f'{short(a)}  ({n[a]})' for a in wide.index], name='answer (test cases)')
     return wide
 
-# %% ../nbs/50_report.ipynb #0045
+# %% ../nbs/50_report.ipynb #0047
 @drawn
 def heat_figure(
     wide: pd.DataFrame,   # from `by_answer`
@@ -298,11 +301,11 @@ def heat_figure(
     sns.heatmap(100*wide, vmin=0, vmax=100, cmap=sns.light_palette('#1259c3', as_cmap=True), annot=True, fmt='.0f', annot_kws={'size': 7.5},
                 linewidths=1.2, linecolor='white', cbar=False, ax=ax)
     ax.set(ylabel='', xlabel=''); ax.set_title(f'{metric.replace("top", "top ")} accuracy, %', pad=8)
-    ax.set_xticklabels([look(m, simulated).label.replace(' (upper reference)', '') for m in wide.columns], rotation=40, ha='right', rotation_mode='anchor')
+    ax.set_xticklabels([look(m, simulated).label.partition(' (')[0] for m in wide.columns], rotation=40, ha='right', rotation_mode='anchor')
     ax.tick_params(length=0)
     return fig
 
-# %% ../nbs/50_report.ipynb #0048
+# %% ../nbs/50_report.ipynb #0050
 COLUMNS = ('top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car')
 
 def interval_text(
@@ -312,6 +315,7 @@ def interval_text(
     if value != value: return ''
     return f'{100*value:.1f}' + ('' if lo != lo or lo == hi else f' ({100*lo:.1f} to {100*hi:.1f})')
 
+# %% ../nbs/50_report.ipynb #0052
 def results_wide(
     table: pd.DataFrame,   # method, seed, metric, value, lo, hi, n, groups
     metrics: Sequence[str] = COLUMNS,
@@ -323,7 +327,7 @@ def results_wide(
     rows = in_order(table.method)
     return pd.DataFrame([[look(m, simulated).label] + [cell(m, x) for x in metrics] for m in rows], columns=['method', *metrics])
 
-# %% ../nbs/50_report.ipynb #0050
+# %% ../nbs/50_report.ipynb #0054
 def results_markdown(
     wide: pd.DataFrame,   # cells as text
     note: str,            # line above the table: cohort, cases, intervals
@@ -333,7 +337,7 @@ def results_markdown(
     rule = '|---' + '|---:'*(wide.shape[1] - 1) + '|'
     return '\n'.join([note, '', line(wide.columns), rule, *map(line, wide.to_numpy())]) + '\n'
 
-# %% ../nbs/50_report.ipynb #0053
+# %% ../nbs/50_report.ipynb #0057
 def data_uri(
     data: bytes | Path | str,   # image bytes, or the path of an SVG, PNG or JPEG file
     kind: str = 'png',          # of bytes: png, jpeg or svg+xml
@@ -344,6 +348,7 @@ def data_uri(
         data = Path(data).read_bytes()
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
+# %% ../nbs/50_report.ipynb #0060
 def figure_html(
     fig: Figure,
     caption: str,        # what it shows and how to read it, plain text
@@ -356,7 +361,7 @@ def figure_html(
     img = f'<img src="{data_uri(buffer.getvalue(), "svg+xml")}" alt="{html.escape(alt or caption)}" style="width:{width}px">'
     return f'<figure><div class="scroll">{img}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/50_report.ipynb #0056
+# %% ../nbs/50_report.ipynb #0063
 def _cell(text: str) -> str:
     "A table cell; an interval in parentheses goes on its own line."
     value, _, rest = html.escape(str(text)).partition(' (')
@@ -374,18 +379,17 @@ def table_html(
     rows = ''.join(f'<tr><th>{dot(i)}{html.escape(str(r[0]))}</th>{"".join(map(_cell, r[1:]))}</tr>' for i, r in enumerate(wide.to_numpy()))
     return f'<figure><div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/50_report.ipynb #0059
+# %% ../nbs/50_report.ipynb #0066
 def portrait_bytes(
-    path: Optional[Path | str],   # image file, or None
-) -> Optional[bytes]:             # PNG; None if there is no picture (an embedding, or no second view)
-    "The portrait of a case as PNG bytes."
-    if path is None or Path(path).suffix == '.npy' or not Path(path).exists(): return None
-    from PIL import Image
-    with Image.open(path) as im:
-        buffer = io.BytesIO()
-        im.convert('RGB').save(buffer, 'PNG')
-    return buffer.getvalue()
+    case: Case,
+    folder: Path | str,      # that the drawn portraits are relative to: `cases/` of a run
+) -> Optional[bytes]:        # PNG; None for a photograph, an embedding, or no second view
+    "The schematic portrait of a case; never a photograph."
+    name = case.image or ''
+    if Path(name).parent != Path('images') or Path(name).suffix != '.png' or not (Path(folder)/name).exists(): return None
+    return (Path(folder)/name).read_bytes()
 
+# %% ../nbs/50_report.ipynb #0069
 def answer_list_html(
     label: str, colour: str,      # of the method
     ids: Sequence[Optional[str]], written: Sequence[str],   # its answer
@@ -398,7 +402,7 @@ def answer_list_html(
     rows = ''.join(f'<li class="{kind(i)}">{html.escape(w or "(empty)")[:120]}{mark[kind(i)]}</li>' for i, w in zip(ids, written))
     return f'<div class="list" style="border-color:{colour}"><h4>{html.escape(label)}</h4><ol>{rows or "<li class=none>no answer</li>"}</ol></div>'
 
-# %% ../nbs/50_report.ipynb #0061
+# %% ../nbs/50_report.ipynb #0071
 def _findings_html(case: Case) -> str:
     "Findings of a case by the view that shows them."
     names = (('in the note', ('note',)), ('in note and portrait', ('both',)), ('only in the portrait', ('portrait',)), ('in neither', ('record',)))
@@ -408,6 +412,7 @@ def _findings_html(case: Case) -> str:
         if found: out.append(f'<dt>{title}</dt><dd>{html.escape("; ".join(found))}</dd>')
     return f'<dl>{"".join(out)}</dl>'
 
+# %% ../nbs/50_report.ipynb #0072
 def case_html(
     case: Case,
     lists: dict[str, tuple[list, list]],   # method to (ids, written names), in the order to show
@@ -424,7 +429,7 @@ def case_html(
     return (f'<article><h3>{html.escape(case.id)}{" · simulated" if simulated else ""}</h3><p class="truth">true answer: <b>{told}</b></p>'
             f'<div class="views">{img}<blockquote>{html.escape(case.note)}</blockquote></div>{_findings_html(case)}<div class="lists">{answers}</div></article>')
 
-# %% ../nbs/50_report.ipynb #0065
+# %% ../nbs/50_report.ipynb #0076
 NOTICE = 'Research use only, not for clinical decision making.'
 _CSS = '''
 :root{--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--blue:#1259c3}*{box-sizing:border-box}
@@ -433,19 +438,19 @@ h1{font-size:1.65rem;line-height:1.25;margin:.2em 0}h2{font-size:1.2rem;margin:2
 h3{margin:0;font-size:1rem}h4{margin:0 0 .3em;font-size:.85rem}p{max-width:46em;margin:.6em 0}.soft,figcaption,small{color:var(--soft)}
 .badge{display:inline-block;border:1px solid #f0bf72;background:#fff7e8;color:#8a5200;border-radius:99px;padding:1px 10px;font-size:.85rem;margin-right:6px}
 .notice{border-left:3px solid #e08a00;padding:.1em .8em;background:#fffaf1}figure{margin:1em 0}figcaption{font-size:.87rem;max-width:54em;margin-top:.4em}
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}figure img{display:block;max-width:none;height:auto}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}ul{padding-left:1.2em;margin:.5em 0}figure img{display:block;max-width:none;height:auto}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}thead th{border-bottom:1.5px solid var(--ink);text-align:right;font-weight:600}
-th,td{padding:5px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}th:first-child{text-align:left;font-weight:500}
+th,td{padding:5px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}th:first-child{text-align:left;font-weight:500;white-space:normal;min-width:9em;max-width:14em}
 td small{display:block;font-size:.76rem}.dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}
 article{border:1px solid var(--line);border-radius:10px;padding:14px 16px;margin:16px 0}.truth{margin:.2em 0 .8em}.views{display:flex;gap:14px;align-items:flex-start}
 .portrait{width:112px;height:112px;border-radius:8px;flex:none;border:1px solid var(--line)}blockquote{margin:0;padding:0 0 0 12px;border-left:3px solid var(--line);white-space:pre-line;overflow-wrap:anywhere}
 dl{font-size:.87rem;margin:.8em 0}dt{color:var(--soft);float:left;clear:left;margin-right:.5em}dt:after{content:":"}summary{cursor:pointer;color:var(--blue)}dd{margin:0 0 .15em}
-.lists{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:10px}.list{border-top:3px solid;padding-top:6px;font-size:.84rem}
+.lists{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(46%,240px),1fr));gap:10px}.list{border-top:3px solid;padding-top:6px;font-size:.84rem}
 .list ol{margin:0;padding-left:1.5em}.hit{color:#047857;font-weight:600}.list .none{color:var(--soft);font-style:italic}pre{overflow-x:auto;font-size:.8rem;background:#f8fafc;padding:10px}
 @media(max-width:600px){body{padding:14px 12px 36px}h1{font-size:1.35rem}}@media print{article,figure{break-inside:avoid}}
 '''
 
-# %% ../nbs/50_report.ipynb #0066
+# %% ../nbs/50_report.ipynb #0077
 def section(
     heading: str,        # plain text
     *parts: str,         # HTML; see `para`
@@ -460,6 +465,13 @@ def para(
     "A paragraph."
     return f'<p{f" class={cls!r}" if cls else ""}>{html.escape(text)}</p>'
 
+def bullets(
+    texts: Sequence[str],   # plain text
+) -> str:
+    "A list; nothing if there is nothing to list."
+    return f'<ul>{"".join(f"<li>{html.escape(t)}</li>" for t in texts)}</ul>' if texts else ''
+
+# %% ../nbs/50_report.ipynb #0080
 def page_html(
     title: str,
     badges: Sequence[str],     # short facts under the title; the cohort first
@@ -471,7 +483,7 @@ def page_html(
             f'<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><header><h1>{html.escape(title)}</h1><p>{marks}</p>'
             f'<p class="notice">{NOTICE}</p></header><main>{"".join(sections)}</main></body></html>')
 
-# %% ../nbs/50_report.ipynb #0069
+# %% ../nbs/50_report.ipynb #0083
 def headline(
     table: pd.DataFrame,         # method, seed, metric, value, lo, hi, n, groups
     differences: pd.DataFrame,   # a, b, metric, diff, lo, hi
@@ -487,11 +499,11 @@ def headline(
     for b in ('chance', 'base', 'sft', 'dpo', 'teacher'):
         for r in differences[(differences.a == first) & (differences.b == b) & (differences.metric == metric)].to_dict('records'):
             points = f'{100*r["diff"]:+.1f} points, {100*r["lo"]:+.1f} to {100*r["hi"]:+.1f}'
-            word = 'more' if r['lo'] > 0 else 'less' if r['hi'] < 0 else ''
-            out.append(f'That is {word} often than {name(b)} ({points}).' if word else f'It cannot be told apart from {name(b)} ({points}).')
+            word = 'more often' if r['lo'] > 0 else 'less often' if r['hi'] < 0 else 'no difference shown'
+            out.append(f'Compared with {name(b)}: {word} ({points}).')
     return out
 
-# %% ../nbs/50_report.ipynb #0072
+# %% ../nbs/50_report.ipynb #0086
 CAPTIONS = {
     'accuracy': 'How often the true answer is named first, among the first five, among the first ten. Dots are means, lines 95 % intervals from resampling groups; the dashed line is chance. A method that lists five names cannot gain from the sixth on.',
     'agreement': "Agreement with the multimodal teacher: names taken from the head of its ranking (coverage) and names not taken from its tail (avoidance). Grey curves join points of equal CAR. The teacher agrees with itself by definition.",
@@ -499,13 +511,14 @@ CAPTIONS = {
     'training': 'Training: thin lines are single updates, thick lines running means. Losses of different methods are on different scales.',
     'answers': 'Accuracy for each true answer, with the number of test cases in parentheses. With few cases a cell can take few values.'}
 
+# %% ../nbs/50_report.ipynb #0087
 def all_figures(
     table: pd.DataFrame, differences: pd.DataFrame, per_case: pd.DataFrame,   # of the analysis
     log: pd.DataFrame,                                      # method, seed, step, name, value; may be empty
     cases: Sequence[Case], catalogue: Catalogue, label: str,
     cohort: str,                                            # footer of every figure
     first: str = 'mint',
-) -> dict[str, Figure]:                                     # in the order of the report
+) -> dict[str, tuple[Figure, str]]:                         # name to figure and caption, in the order of the report
     "Every figure that the data of a run allow."
     out = {'accuracy': accuracy_figure(table, cohort=cohort)}
     if 'coverage' in set(table.metric): out['agreement'] = plane_figure(table, cohort=cohort)
@@ -513,9 +526,9 @@ def all_figures(
     if len(log): out['training'] = training_figure(log, cohort=cohort)
     wide = by_answer(per_case, cases, catalogue, label)
     if 1 < len(wide) <= 60: out['answers'] = heat_figure(wide, cohort=cohort)
-    return out
+    return {name: (fig, f'{CAPTIONS[name]} ({cohort})') for name, fig in out.items()}
 
-# %% ../nbs/50_report.ipynb #0075
+# %% ../nbs/50_report.ipynb #0090
 SHOWN = ('teacher', 'naive_bayes', 'base', 'sft', 'dpo', 'mint')   # methods of a worked case, as far as they were run
 
 def worked_cases_html(
@@ -533,9 +546,18 @@ def worked_cases_html(
     chosen = sorted(np.random.default_rng(seed).choice(len(cases), min(n, len(cases)), replace=False))
     cut = lambda pair: (pair[0][:k], pair[1][:k])
     return ''.join(case_html(c, {m: cut(lists[m].get(c.id, ([], []))) for m in lists}, catalogue, label,
-                             portrait_bytes(Path(folder)/c.image if c.image else None), simulated) for c in (cases[i] for i in chosen))
+                             portrait_bytes(c, folder), simulated) for c in (cases[i] for i in chosen))
 
-# %% ../nbs/50_report.ipynb #0078
+# %% ../nbs/50_report.ipynb #0093
+def without_folders(
+    value: Any,      # plain values, nested
+) -> Any:
+    "The same with every absolute path shortened to its last part."
+    if isinstance(value, dict): return {k: without_folders(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [without_folders(v) for v in value]
+    return Path(value).name if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(('~', '..'))) else value
+
+# %% ../nbs/50_report.ipynb #0095
 def how_made_html(
     params: dict,             # resolved parameters
     manifest: Sequence[dict], # entries of the run's manifest
@@ -543,14 +565,13 @@ def how_made_html(
     "Stages, versions and parameters of a run."
     done = {e['stage']: e for e in manifest if e['status'] == 'done'}
     rows = pd.DataFrame([(s, f"{e['seconds']:.1f}", e['peak_mb'], e['device'], e['key']) for s, e in done.items()], columns=['stage', 'seconds', 'peak MB', 'device', 'key'])
-    source = (params.get('cohort') or {}).get('source')
-    if source: params = params | {'cohort': params['cohort'] | {'source': Path(source).name}}
+    params = without_folders(params)
     versions = next(reversed(done.values()), {}).get('versions', {})
     return (table_html(rows.astype(str), 'Stages in the order in which they finished; the key condenses parameters, inputs and code.')
             + para('Versions: ' + ', '.join(f'{k} {v}' for k, v in versions.items()), 'soft')
             + f'<details><summary>All parameters</summary><pre>{html.escape(yaml.safe_dump(params, sort_keys=False))}</pre></details>')
 
-# %% ../nbs/50_report.ipynb #0081
+# %% ../nbs/50_report.ipynb #0098
 def external_references(
     page: str,           # HTML
 ) -> list[str]:

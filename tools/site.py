@@ -81,26 +81,39 @@ def with_source(nb):
     cells = []
     for c in nb.cells:
         cells.append(c)
-        if not re.match(r'#\|\s*export', c.source) or c.cell_type != 'code': continue
-        if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code(c)).body): continue
-        cells.append(nbformat.v4.new_code_cell(f'#| eval: false\n#| code-fold: true\n#| code-summary: "Source"\n{code(c)}'))
+        if c.cell_type != 'code': continue
+        body = ast.parse(re.sub(r'^[%!].*', '', code(c), flags=re.M)).body
+        imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in body]
+        if not re.match(r'#\|\s*export', c.source):
+            if any(imports) and not all(imports): c.source = '#| eval: false\n' + c.source   # nbdev would run it again, out of context
+        elif not all(imports):
+            cells.append(nbformat.v4.new_code_cell(f'#| eval: false\n#| code-fold: true\n#| code-summary: "Source"\n{code(c)}'))
     nb.cells = cells
     return nb
+
+
+def unnumbered(text: str) -> str:
+    "Page names as nbdev's links write them: 00_core.ipynb becomes core.ipynb."
+    return re.sub(r'\b\d\d_(\w+\.ipynb)', r'\1', text)
 
 
 def process() -> None:
     "nbdev's own processing (documentation of exported functions, links, hidden cells) of the executed copies, into _proc/."
     from execnb.nbio import read_nb, write_nb
-    from nbdev.doclinks import _build_modidx
     from nbdev.processors import FilterDefaults
     shutil.rmtree(PROC, ignore_errors=True); PROC.mkdir()
     for f in NBS.iterdir():
-        if f.suffix in ('.yml', '.css', '.svg', '.png'): shutil.copy2(f, PROC)
+        if f.suffix == '.yml': (PROC/f.name).write_text(unnumbered(f.read_text()))
+        if f.suffix in ('.css', '.svg', '.png'): shutil.copy2(f, PROC)
     for path in sorted(NBS.glob('*.ipynb')):
-        nbformat.write(with_source(executed(path.stem)), PROC/path.name)
-        nb = read_nb(PROC/path.name)
+        page = PROC/unnumbered(path.name)
+        nbformat.write(with_source(executed(path.stem)), page)
+        nb = read_nb(page)
         FilterDefaults()(nb)
-        write_nb(nb, PROC/path.name)
+        for c in nb.cells:
+            if c.cell_type == 'raw': c.source = re.sub(r'^output-file:.*\n', '', c.source, flags=re.M)
+            if c.cell_type == 'markdown': c.source = unnumbered(c.source)
+        write_nb(nb, page)
 
 
 def katex(version: str) -> Path | None:
@@ -133,9 +146,10 @@ def render() -> None:
     if local: shutil.copytree(local, site/'katex')
     else: print('  note: npm is not here, so formulas are drawn only where the reader is online')
     for page in site.rglob('*.html'):
-        text = page.read_text().replace(f'href="{home}', 'href="')
-        if local: text = text.replace(KATEX, 'katex')
-        page.write_text(text)
+        text = page.read_text()
+        lost = sorted({l for l in re.findall(f'href="{home}([^"#]+)', text) if not (site/l).exists()})
+        if lost: sys.exit(f'{page.name} links to pages that do not exist: {", ".join(lost)}')
+        page.write_text(text.replace(f'href="{home}', 'href="').replace(KATEX, 'katex' if local else KATEX))
     shutil.rmtree(DOCS, ignore_errors=True); shutil.move(site, DOCS)
 
 

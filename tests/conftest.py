@@ -1,0 +1,31 @@
+"""What all tests share: no network, quiet bars, the real data where it is, and one finished smoke run."""
+import os
+from pathlib import Path
+
+os.environ |= {'HF_HUB_OFFLINE': '1', 'MINT_QUIET': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE_METHODS = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint')
+
+
+def pytest_collection_modifyitems(items):
+    "The long tests last, so that a broken basis shows early."
+    items.sort(key=lambda i: i.module.__name__ == 'test_pipeline')
+
+
+@pytest.fixture(scope='session')
+def data() -> Path:
+    "Folder of the real data: $MINT_DATA, or ../shared/data beside the checkout; tests that need it are skipped without."
+    places = [os.environ.get('MINT_DATA'), ROOT.parent/'shared/data']
+    for p in places:
+        if p and Path(p).is_dir(): return Path(p)
+    pytest.skip('no real data: set MINT_DATA to a folder with phenopackets.zip')
+
+
+@pytest.fixture(scope='session')
+def smoke_run(tmp_path_factory):
+    "A run of the smoke profile, finished through the Python interface."
+    from mint_nb.pipeline import run_pipeline
+    return run_pipeline(tmp_path_factory.mktemp('runs')/'smoke', 'smoke', {'methods': list(SMOKE_METHODS)}, quiet=True)

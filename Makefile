@@ -37,13 +37,14 @@ docs: .make/env  ## execute the notebooks (cached), write README.md and the site
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py
 
 .PHONY: export
-export: .make/env  ## write mint_nb/*.py from the notebooks
+export: .make/env  ## clear outputs, clean, and write mint_nb/*.py from the notebooks
+	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb
+	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 
 .PHONY: prepare
 prepare: .make/env  ## before a commit: export, clean, test, site
-	$(BIN)/nbdev_clean
-	$(BIN)/nbdev_export
+	$(MAKE) export
 	$(MAKE) test
 	$(MAKE) docs
 

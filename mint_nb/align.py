@@ -18,7 +18,7 @@ from .tasks import Case, Task, get_task
 from .cohort import cohort_cases
 from .preferences import preferences
 from .students import Student, add_lora, load_student
-from .engine import Engine, Item, reference_logps, train
+from .engine import DepthCache, Engine, Item, reference_logps, train
 
 # %% ../nbs/39_align.ipynb #0005
 class Phase(NamedTuple):
@@ -58,7 +58,6 @@ def run_phase(
     phase: Phase, params: Params, folder: Path, seed: int,
 ) -> list[dict]:            # what was logged
     "Train one phase, or load what it left if it is already done."
-    if phase.loss == 'sft': items = [Item(i.case_id, i.prompt, i.answers[:1]) for i in items]   # SFT does not read the rejected lists
     done = folder/'adapter'
     if done.exists():
         set_peft_model_state_dict(student.model, load_peft_weights(str(done), device=str(student.device)))
@@ -95,7 +94,7 @@ def align(
     def body():
         student = add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit), p.student, seed)
         items = items_of(read_table(run/source), cohort_cases(run), student, get_task(p.task), p.student.max_prompt)
-        engine, work = Engine(student), run/out/'work'
+        engine, work = Engine(student, DepthCache(run/'align/depth')), run/out/'work'
         logs = [(ph.loss, run_phase(student, engine, items, ph, p, work/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
         write_table(run/out/'log.parquet', long_log(logs))
         with atomic_path(run/out/'adapter') as tmp: student.model.save_pretrained(tmp)

@@ -90,7 +90,8 @@ def _small_tables(run: Run, tables: dict, footer: str) -> str:
     html = section('With and without a visible sign', para(text), *out) if len(out) > 1 else ''
     if not len(tables['omim']): return html
     wide = results_wide(tables['omim'], ('top1', 'top5', 'top10'), simulated)
-    text = 'Here the candidates are all diseases of OMIM that the annotation file knows. Leak-controlled means that annotations citing the case’s own publication were removed.'
+    text = ('Here the candidates are all diseases of OMIM that the annotation file knows. Leak-controlled: without the annotations that rest on the '
+            'case’s own publication alone; strictly: also without those that it shares with others. Simulated patients have no publication.')
     return html + section('Among all of OMIM', para(text), table_html(wide, f'{footer}, per cent with 95 % intervals.'))
 
 # %% ../nbs/59_analysis.ipynb #0012
@@ -103,7 +104,7 @@ def make_report(run: Run, answers: dict, tables: dict, cases: list[Case]) -> Non
         for name, (fig, _) in figures.items(): save_figure(fig, tmp/name)
     shown = [figure_html(fig, caption) for fig, caption in figures.values()]
     worked = worked_cases_html(answers, cases, catalogue, label, run/'cases', p.analysis.worked_cases, p.cohort.seed, simulated=not p.cohort.source)
-    intro = 'Cases drawn at random by the seed, not chosen. A student reads only the note; the teacher also sees the portrait.'
+    intro = 'Cases drawn at random by the seed, not chosen. A student reads only the note; the teacher also sees the portrait, which is a schematic drawing and shows no real person.'
     parts = [_results_section(run, tables, footer), section('Figures', *shown), _small_tables(run, tables, footer),
              section('Worked cases', para(intro), worked), section('How it was made', how_made_html(p.model_dump(mode='json'), run.manifest))]
     badges = [footer, f'profile {p.profile}', f'{len(catalogue)} {get_task(p.task).noun}', f'seeds {", ".join(map(str, p.seeds))}']

@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_j
            'read_table', 'digest', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress',
            'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
            'AnalysisParams', 'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name',
-           'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
+           'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
@@ -149,18 +149,19 @@ class Section(BaseModel):
     "A group of parameters; unknown names are errors."
     model_config = ConfigDict(extra='forbid', frozen=True)
 
+# %% ../nbs/00_core.ipynb #0030
 class CohortParams(Section):
     "Which patients."
     source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, or a GMDB folder; None simulates
     diseases: int = 24              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
     min_groups: int = 2             # real cohort: publications a disease needs
-    train: int = 160                # cases per split; 0: as many as there are
+    train: int = 320                # cases per split; 0: as many as there are
     calibration: int = 24
     validation: int = 24
     test: int = 96
     max_findings: int = 8           # findings a note mentions at most
-    note_noise: float = 0.5         # share of a simulated patient's findings that are imprecise or unrelated (measured: see 04_patients)
+    note_noise: float = 0.25        # share of a simulated patient's findings that are imprecise or unrelated (measured: see 04_patients)
     note_style: Literal['brief', 'clinic', 'long'] = 'brief'  # phrasing of the written note
     image_size: int = 64            # pixels per side of a portrait
     embeddings: Optional[str] = None   # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
@@ -170,12 +171,12 @@ class CohortParams(Section):
 class TeacherParams(Section):
     "The upstream multimodal model."
     weights: Optional[str] = None   # folder of pretrained ViLT weights; None trains from a small config
-    hidden: int = 128; layers: int = 4; heads: int = 4; patch: int = 16
-    epochs: int = 40; batch: int = 32; lr: float = 5e-4
-    folds: int = 4                  # cross-fitting folds
+    hidden: int = 128; layers: int = 2; heads: int = 4; patch: int = 16
+    epochs: int = 80; batch: int = 16; lr: float = 1e-3
+    folds: int = 3                  # cross-fitting folds
     view: Literal['both', 'note', 'portrait'] = 'both'   # what it sees when it ranks
 
-# %% ../nbs/00_core.ipynb #0030
+# %% ../nbs/00_core.ipynb #0031
 class PairParams(Section):
     "From rankings to preference pairs."
     k: int = 5; q: int = 5          # length of chosen and rejected list
@@ -193,14 +194,14 @@ class StudentParams(Section):
 
 class TrainParams(Section):
     "Alignment."
-    lr: float = 1e-3; beta: float = 0.5; epochs: float = 2; batch: int = 4
+    lr: float = 1e-3; beta: float = 0.5; epochs: float = 2; batch: int = 2
     dpo_lr: float = 2e-4; dpo_beta: float = 0.1
     warmup: float = 0.1; grad_norm: float = 1.0
     nll_on: Literal['response', 'trl'] = 'response'      # tokens of the likelihood term
     checkpoint_every: int = 20      # updates between checkpoints
     report_to: str = 'none'
 
-# %% ../nbs/00_core.ipynb #0031
+# %% ../nbs/00_core.ipynb #0032
 class PredictParams(Section):
     "Decoding."
     max_new_tokens: int = 100; batch: int = 32
@@ -226,7 +227,7 @@ class Params(Section):
     predict: PredictParams = Field(default_factory=PredictParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0033
+# %% ../nbs/00_core.ipynb #0034
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -245,7 +246,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0035
+# %% ../nbs/00_core.ipynb #0036
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -261,7 +262,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0038
+# %% ../nbs/00_core.ipynb #0039
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -279,7 +280,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0040
+# %% ../nbs/00_core.ipynb #0041
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -302,7 +303,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0043
+# %% ../nbs/00_core.ipynb #0044
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -319,16 +320,34 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0044
+# %% ../nbs/00_core.ipynb #0045
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f'cpu ({os.cpu_count()} cores)'
 
-# %% ../nbs/00_core.ipynb #0046
+# %% ../nbs/00_core.ipynb #0048
+def record(
+    run: Run,      # the run folder
+    entry: dict,   # with `stage` and `status`
+) -> None:
+    "Append one line to the manifest."
+    file = run/'manifest.jsonl'
+    try:
+        with locked(run/'.locks'/'manifest.lock'), file.open('a+b') as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+            f.write((b'' if f.read(1) in (b'', b'\n') else b'\n') + json.dumps(entry, default=str).encode() + b'\n')
+    except OSError as e:
+        if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
+
+# %% ../nbs/00_core.ipynb #0050
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
+
+def _last_done(run: Run, name: str) -> Optional[dict]:
+    "The newest finished entry of a stage."
+    return next((e for e in reversed(run.manifest) if e['stage'] == name and e['status'] == 'done'), None)
 
 def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[str], extra: Any) -> str:
     "What a stage depends on, condensed."
@@ -338,7 +357,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0047
+# %% ../nbs/00_core.ipynb #0051
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -352,10 +371,8 @@ def run_stage(
     "Run `body` unless the manifest says that it is done; record digests, versions, seconds and peak memory."
     with locked(run/'.locks'/f"{name.replace('/', '_')}.lock"):
         key = stage_key(run, module, sections, reads, extra)
-        for e in reversed(run.manifest):
-            if e['stage'] == name and e['status'] == 'done':
-                if e['key'] == key and _entry_holds(run, e): return e
-                break
+        last = _last_done(run, name)
+        if last and last['key'] == key and _entry_holds(run, last): return last
         start, entry = time.perf_counter(), {'stage': name, 'key': key, 'module': module, 'sections': list(sections), 'extra': extra,
                                             'time': datetime.now(timezone.utc).isoformat(timespec='seconds')}
         try: body(); entry |= {'status': 'done', 'outputs': {w: file_digest(run/w) for w in writes}}
@@ -363,22 +380,22 @@ def run_stage(
         finally:
             entry |= {'inputs': {r: file_digest(run/r) for r in reads}, 'seconds': round(time.perf_counter() - start, 2),
                       'peak_mb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), 'device': device_name(), 'versions': versions()}
-            with locked(run/'.locks'/'manifest.lock'), (run/'manifest.jsonl').open('a') as f: f.write(json.dumps(entry) + '\n')
+            record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0049
+# %% ../nbs/00_core.ipynb #0053
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
 ) -> Optional[dict]:    # the manifest entry; None: the stage would run (again)
     "The finished entry of a stage, if its parameters, inputs, code and outputs are still the same."
-    entry = next((e for e in reversed(run.manifest) if e['stage'] == name and e['status'] == 'done'), None)
+    entry = _last_done(run, name)
     if not entry or 'module' not in entry: return None
     try: key = stage_key(run, entry['module'], entry['sections'], entry['inputs'], entry['extra'])
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0053
+# %% ../nbs/00_core.ipynb #0057
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(
@@ -386,7 +403,7 @@ def stage_run(
 ) -> Run:              # the run folder that the notebook shall work in
     "Check the injected parameters of a stage notebook and open its run."
     plain = (str, int, float, bool, list, dict, tuple, type(None))
-    names = [n for n, v in namespace.items() if type(v) in plain and not n.startswith('_') and n not in ('In', 'Out')]
+    names = [n for n, v in namespace.items() if type(v) in plain and not n.startswith('_') and not n.isupper() and n not in ('In', 'Out')]
     unknown = sorted(set(names) - set(STAGE_PARAMETERS))
     if unknown: raise InputError(f'unknown parameter; a stage takes {", ".join(STAGE_PARAMETERS)}', field=', '.join(unknown))
     over = namespace.get('overrides') or {}

@@ -238,7 +238,7 @@ def add_note(
     ontology: Ontology,
     style: str = 'brief',        # 'brief', 'clinic' or 'long'
     max_findings: int = 8,       # present findings the note mentions at most
-    noise: float = 0.5,          # more idle sentences and hedges
+    noise: float = 0.25,          # more idle sentences and hedges
     seed: int = 0,
     keep: bool = True,           # keep findings that neither view shows
 ) -> Case:                       # with `note`, and the `view` of each finding set
@@ -253,7 +253,7 @@ def add_note(
 # %% ../nbs/04_patients.ipynb #0054
 def write_note(
     case: Case, ontology: Ontology,
-    style: str = 'brief', max_findings: int = 8, noise: float = 0.5, seed: int = 0,   # as in `add_note`
+    style: str = 'brief', max_findings: int = 8, noise: float = 0.25, seed: int = 0,   # as in `add_note`
 ) -> str:
     "The text that `add_note` would write."
     return add_note(replace(case, note=''), ontology, style, max_findings, noise, seed).note
@@ -343,7 +343,7 @@ def simulate_patient(
     ontology: Ontology,
     backdrop: tuple[list[str], np.ndarray],   # from `background`
     common: pd.Series,                        # from `common_findings`
-    noise: float = 0.5,                       # as in `draw_findings`
+    noise: float = 0.25,                       # as in `draw_findings`
     seed: int = 0,
 ) -> Case:                                    # with findings, without a note
     "Draw one patient of a disease."

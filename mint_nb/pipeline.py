@@ -42,7 +42,7 @@ class Step:
         return '-'.join([self.notebook, *map(str, self.values.values())])
 
 # %% ../nbs/60_pipeline.ipynb #0011
-ALIGNED = ('sft', 'dpo', 'dpo_full', 'mint', 'mint_note', 'mint_shuffled', 'sft_gold')   # methods with a training stage
+ALIGNED = ('sft', 'dpo', 'dpo_full', 'mint', 'mint_note', 'mint_shuffled')   # methods with a training stage
 
 def students(
     params: Params,   # of the run
@@ -55,7 +55,7 @@ def plan(
 ) -> list[Step]:      # in the order in which they have to run
     "Which notebooks a run needs: stages x methods x seeds."
     seeds, steps = params.seeds, [Step('09_cohort', 'cohort')]
-    steps += [Step('19_upstream', f'upstream/{params.teacher.view}-{s}', {'seed': s}) for s in seeds]
+    steps += [Step('19_upstream', f'upstream/{s}', {'seed': s}) for s in seeds]
     if students(params): steps += [Step('29_preferences', f'preferences/mint-{s}', {'seed': s}) for s in seeds]
     steps += [Step('39_align', f'align/{m}-{s}', {'method': m, 'seed': s}) for s in seeds for m in students(params)]
     steps += [Step('49_predict', f'predict/{m}-{s}', {'method': m, 'seed': s}) for s in seeds for m in params.methods]
@@ -128,7 +128,7 @@ class BarsOnly:
     def __init__(self, stream: Any = None): self.stream = stream or sys.stderr   # where bars go
     def write(self, text: str) -> int:
         "Pass `text` on if it is a bar."
-        if '\r' in text and self.stream.isatty(): self.stream.write(text)
+        if '\r' in text and self.stream.isatty(): self.stream.write(text); self.stream.flush()
         return len(text)
     def flush(self) -> None:
         "Flush the terminal."
@@ -160,7 +160,7 @@ def run_notebook(
     copy: Path | str,                  # where its executed copy goes
     values: Optional[dict] = None,     # parameters, written behind the cell tagged `parameters`
     cwd: Optional[Path | str] = None,  # working directory of the kernel; None: where you are
-    quiet: bool = False,               # no bar over the cells
+    quiet: bool = False,               # drop the progress bars of the stage
 ) -> Path:                             # the executed copy
     "Execute a notebook with papermill; raises `NotebookFailed` with the failing cell."
     import nbformat, papermill as pm
@@ -170,7 +170,8 @@ def run_notebook(
     with tempfile.TemporaryDirectory(prefix='mint') as d:
         try:
             nb = pm.execute_notebook(str(source), str(copy), values or {}, kernel_name='python3', cwd=cwd and str(cwd), config=_ipc(d),
-                                     progress_bar=not quiet and sys.stderr.isatty(), stderr_file=BarsOnly(), coalesce_streams=True)
+                                     extra_arguments=['--IPKernelApp.log_level=50'], progress_bar=False,
+                                     stderr_file=None if quiet else BarsOnly(), coalesce_streams=True)
         except (pm.PapermillExecutionError, DeadKernelError) as e: raise _failure(copy, nbformat.read(copy, 4)) from e
     if not all(map(_finished, nb.cells)): raise _failure(copy, nb)
     return copy
@@ -194,7 +195,7 @@ def prepare_run(
 def run_step(
     run: Run,                # the run folder
     step: Step,              # what to execute
-    quiet: bool = False,     # no bar over the cells
+    quiet: bool = False,     # drop the progress bars of the stage
 ) -> dict:                   # its manifest entry
     "Execute one stage notebook for a run, unless it is done."
     if entry := stage_done(run, step.stage): return entry
@@ -216,7 +217,7 @@ def run_pipeline(
     overrides: Optional[dict] = None,   # values that replace the recipe's, dotted or nested
     until: str = '',                    # stop after the steps of this notebook, for example '19_upstream'
     say: Callable[[str], Any] = print,  # receives a line per step
-    quiet: bool = False,                # no bars over cells
+    quiet: bool = False,                # drop the progress bars of the stages
 ) -> Run:                               # the finished run
     "Run every stage notebook of a run in order; what is done is skipped."
     run = prepare_run(out, profile, overrides)
@@ -226,9 +227,11 @@ def run_pipeline(
     say(f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, '
         f'about {minutes(estimate(run.params, todo).seconds.sum())} on two cores')
     for i, step in enumerate(steps, 1):
-        before = stage_done(run, step.stage)
+        label, before = f'[{i:2}/{len(steps)}] {step.name:32}', stage_done(run, step.stage)
+        if not before and not quiet: BarsOnly().write(f'\r\033[K{label} about {minutes(estimate(run.params, [step]).seconds[0])} ...')
         entry = before or run_step(run, step, quiet)
-        say(f'[{i:2}/{len(steps)}] {step.name:32} ' + ('done before' if before else f'{minutes(entry["seconds"])}, peak {entry["peak_mb"]/1024:.1f} GB'))
+        if not quiet: BarsOnly().write('\r\033[K')
+        say(label + (' done before' if before else f' {minutes(entry["seconds"])}, peak {entry["peak_mb"]/1024:.1f} GB'))
     return run
 
 # %% ../nbs/60_pipeline.ipynb #0046

@@ -40,8 +40,10 @@ LOOKS = {
     'teacher_portrait': Look('teacher, portrait only', '#6b7280', 'teacher'),
     'naive_bayes': Look('naive Bayes', '#047857', 'knowledge'),
     'naive_bayes_clean': Look('naive Bayes, leak-controlled', '#34a37f', 'knowledge'),
+    'naive_bayes_strict': Look('naive Bayes, strictly leak-controlled', '#4fa58c', 'knowledge'),
     'naive_bayes_both': Look('naive Bayes, all findings', '#6ebf9b', 'knowledge'),
     'resnik': Look('Resnik similarity', '#5f8f1f', 'knowledge'),
+    'resnik_both': Look('Resnik similarity, all findings', '#8bb04f', 'knowledge'),
     'linear': Look('linear', '#84a63a', 'knowledge'),
     'linear_both': Look('linear, all findings', '#b3c77a', 'knowledge'),
     'base': Look('base LLM', '#b08968', 'student'),
@@ -157,7 +159,7 @@ def accuracy_figure(
         if 'chance' in places: ax.axvline(rows.set_index('method').value['chance'], color='#9ca3af', lw=.9, ls=(0, (3, 3)))
         _dots(ax, rows, places); _method_axis(ax, places, simulated)
         ax.set(title=m.replace('top', 'top '), xlim=(-.02, 1.02), xticks=[0, .25, .5, .75, 1], xlabel='cases, %')
-        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.0f}')
+        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}')
     return fig
 
 # %% ../nbs/50_report.ipynb #0031
@@ -210,7 +212,7 @@ def plane_figure(
     _car_curves(ax, low)
     ax.set(xlim=(-.02, 1.02), ylim=(low - .02*(1 - low), 1 + .1*(1 - low)), xlabel="coverage: share of the names in the teacher's head, %",
            ylabel="avoidance: share not in the teacher's tail, %")
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(lambda v, _: f'{100*v:.0f}')
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(lambda v, _: f'{100*v:.3g}')
     _label_points(ax, pd.DataFrame({'method': t.index, 'x': t['value', 'coverage'].values, 'y': t['value', 'avoidance'].values}), 'simulated' in cohort)
     return fig
 
@@ -234,7 +236,7 @@ def forest_figure(
             ax.plot([r['lo'], r['hi']], [y, y], color=c, lw=2.2, alpha=.45, solid_capstyle='round')
             ax.plot(r['diff'], y, 'o', ms=6, mec=c, mew=1.4, color=c if clear else 'white')
         _method_axis(ax, places, 'simulated' in cohort)
-        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.0f}'.replace('+0', '0'))
+        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0')
         ax.set(title=m.upper() if m == 'car' else m.replace('top', 'top '), xlabel='difference, points')
     axes[0][0].set_ylabel(f'{look(a).label} minus ...')
     return fig
@@ -282,7 +284,7 @@ def by_answer(
     t = per_case[per_case.metric == metric].assign(answer=lambda d: d.case_id.map(true)).dropna(subset='answer')
     n = t.groupby('answer').case_id.nunique()
     wide = t.pivot_table(index='answer', columns='method', values='value')[in_order(t.method)]
-    short = lambda a: (s if len(s := catalogue.names.get(a, a)) <= 40 else s[:39].rstrip() + '…')
+    short = lambda a: (s if len(s := catalogue.names.get(a, a)) <= 40 else f'{s[:24].rstrip()}…{s[-15:].lstrip()}')   # subtypes differ at the end
     wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False, kind='stable').index]
     wide.index = pd.Index([f'{short(a)}  ({n[a]})' for a in wide.index], name='answer (test cases)')
     return wide

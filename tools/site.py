@@ -67,8 +67,10 @@ def execute_all(workers: int) -> None:
 
 
 def executed(stem: str):
-    "The executed copy of a notebook, without what papermill adds, without warnings and bars."
-    nb = nbformat.read(next((MAKE/'docs').glob(f'{stem}-*.ipynb')), 4)
+    "The executed copy of a notebook, without what papermill adds, without warnings and bars, without paths of this machine."
+    text = next((MAKE/'docs').glob(f'{stem}-*.ipynb')).read_text()
+    for path, short in ((ROOT, '.'), (Path.home(), '~')): text = text.replace(f'{path}/', f'{short}/')
+    nb = nbformat.reads(text, 4)
     nb.metadata = {'kernelspec': nb.metadata.kernelspec}
     for c in nb.cells:
         c.metadata = {}

@@ -1,0 +1,152 @@
+"""The pipeline from end to end with the smoke profile: Python interface, command, plain papermill, kill -9 and resume."""
+import json, os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat, pandas as pd, psutil, pytest, yaml
+
+from conftest import ROOT, SMOKE_METHODS
+from mint_nb.core import Run, open_params, read_table
+from mint_nb.pipeline import ALIGNED, NotebookFailed, plan, run_notebook, run_pipeline, status, step_state
+
+BIN = Path(sys.executable).parent
+METRICS = ['top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car']
+
+
+def papermill(notebook: str, copy: Path, *args: str) -> subprocess.CompletedProcess:
+    "papermill as anybody would call it."
+    return subprocess.run([str(BIN/'papermill'), str(ROOT/f'nbs/{notebook}.ipynb'), str(copy), *args], capture_output=True, text=True, cwd=copy.parent)
+
+
+def results(run: Path | str, methods: tuple = SMOKE_METHODS) -> pd.DataFrame:
+    "The table of results, in a fixed order."
+    t = read_table(Path(run)/'analysis/table.parquet')
+    return t[t.method.isin(methods)].sort_values(['method', 'seed', 'metric'], ignore_index=True)
+
+
+def test_everything_is_there(smoke_run):
+    assert (status(smoke_run).state == 'done').all()
+    table = results(smoke_run.path)
+    assert set(table.method) == set(SMOKE_METHODS) and set(METRICS) <= set(table.metric)
+    assert {'task', 'cohort', 'method', 'seed', 'metric', 'value', 'lo', 'hi', 'n'} <= set(table)
+    assert {'task', 'cohort', 'a', 'b', 'metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds'} <= set(read_table(smoke_run/'analysis/differences.parquet'))
+    assert table[table.metric.isin(METRICS)].value.between(0, 1).all()
+    copies = {p.stem for p in (smoke_run/'notebooks').glob('*.ipynb')}
+    assert copies == {s.name for s in plan(smoke_run.params)}
+    report = (smoke_run/'analysis/report.html').read_text()
+    assert 'simulated' in report.lower() and 'not for clinical decision making' in report and 'src="http' not in report
+
+
+def test_no_group_crosses_the_splits(smoke_run):
+    cases = pd.read_parquet(smoke_run/'cases/cases.parquet')
+    assert cases.groupby('group').split.nunique().max() == 1 and set(cases.split) >= {'train', 'test'}
+
+
+def test_second_call_starts_nothing(smoke_run):
+    before = {p: p.stat().st_mtime_ns for p in smoke_run.path.rglob('*') if p.is_file() and '.locks' not in p.parts}
+    lines = []
+    run_pipeline(smoke_run.path, 'smoke', {'methods': list(SMOKE_METHODS)}, say=lines.append, quiet=True)
+    assert '0 to do' in lines[0] and all('done before' in l for l in lines[1:])
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_aligned_methods_are_those_of_the_stage():
+    from mint_nb.align import SCHEDULES
+    assert set(ALIGNED) == set(SCHEDULES)
+
+
+def test_changed_training_reruns_only_what_follows(smoke_run, tmp_path):
+    run = shutil.copytree(smoke_run.path, tmp_path/'copy')
+    params = yaml.safe_load((run/'params.yaml').read_text())
+    params['train']['lr'] = 5e-4
+    (run/'params.yaml').write_text(yaml.safe_dump(params))
+    states = status(run).set_index('step').state
+    assert (states[['09_cohort', '19_upstream-0', '29_preferences-0', '49_predict-linear-0']] == 'done').all()
+    assert (states[['39_align-sft-0', '39_align-mint-0']] == 'stale').all()
+
+
+def test_damaged_output_is_noticed(smoke_run, tmp_path):
+    run = shutil.copytree(smoke_run.path, tmp_path/'copy')
+    (run/'predictions/linear-0.parquet').write_bytes(b'cut')
+    states = status(run).set_index('step').state
+    assert states['49_predict-linear-0'] == 'stale' and states['49_predict-chance-0'] == 'done'
+
+
+@pytest.mark.parametrize('notebook,args', [('09_cohort', ()), ('19_upstream', ('-p', 'seed', '0')), ('29_preferences', ()), ('39_align', ('-p', 'method', 'mint')),
+                                           ('49_predict', ('-p', 'method', 'chance')), ('59_analysis', ())], ids=lambda v: v if isinstance(v, str) else '')
+def test_plain_papermill_runs_each_stage(smoke_run, tmp_path, notebook, args):
+    done = papermill(notebook, tmp_path/'out.ipynb', '-p', 'run', str(smoke_run.path), *args)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_passed_parameters_arrive(smoke_run, tmp_path):
+    run = shutil.copytree(smoke_run.path, tmp_path/'copy')
+    assert not (run/'align/dpo-0').exists()
+    done = papermill('39_align', tmp_path/'out.ipynb', '-p', 'run', str(run), '-p', 'method', 'dpo', '-p', 'seed', '0')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run/'align/dpo-0/adapter').is_dir()
+    done = papermill('09_cohort', tmp_path/'out.ipynb', '-p', 'run', str(tmp_path/'new'), '-p', 'profile', 'smoke', '-y', 'overrides: {cohort.train: 16, seeds: [3]}')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert open_params(tmp_path/'new').cohort.train == 16 and open_params(tmp_path/'new').seeds == (3,)
+
+
+@pytest.mark.parametrize('notebook', ['09_cohort', '39_align'])
+def test_unknown_parameter_is_an_error(tmp_path, notebook):
+    done = papermill(notebook, tmp_path/'out.ipynb', '-p', 'run', str(tmp_path/'r'), '-p', 'metod', 'dpo')
+    assert done.returncode != 0 and 'field metod: unknown parameter' in done.stderr
+    assert not (tmp_path/'r').exists()
+
+
+def test_ill_typed_parameter_is_an_error(tmp_path):
+    done = papermill('09_cohort', tmp_path/'out.ipynb', '-y', 'overrides: {cohort.train: many}')
+    assert done.returncode != 0 and 'field cohort.train' in done.stderr
+
+
+def test_failure_names_the_copy_and_the_cell(tmp_path):
+    with pytest.raises(NotebookFailed) as failed:
+        run_pipeline(tmp_path/'r', 'smoke', {'cohort.source': str(tmp_path/'absent.zip'), 'methods': ['chance']}, quiet=True)
+    assert failed.value.error == 'InputError' and failed.value.copy.exists() and 'absent.zip' in str(failed.value) and failed.value.index is not None
+    assert nbformat.read(failed.value.copy, 4).cells[failed.value.index].source == failed.value.cell
+
+
+def kill(process: subprocess.Popen) -> None:
+    "kill -9 the command and its kernels."
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for p in family:
+        try: p.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess: pass
+    process.wait()
+
+
+def start(run: Path, methods: tuple) -> subprocess.Popen:
+    command = [str(BIN/'mint-nb'), 'run', '--profile', 'smoke', '--methods', ','.join(methods), '--out', str(run)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize('where', ['39_align-mint-0', 'anywhere'])
+def test_killed_and_started_again_ends_with_the_same_table(smoke_run, tmp_path, where):
+    methods = ('chance', 'mint')
+    steps = [s.name for s in plan(open_params(smoke_run.path).model_copy(update={'methods': methods}))]
+    at = random.SystemRandom().choice(steps) if where == 'anywhere' else where
+    delay = random.SystemRandom().uniform(0, 5)
+    print(f'kill -9 in {at}, {delay:.2f} s after its start')
+    process, limit = start(tmp_path/'r', methods), time.time() + 240
+    while not (tmp_path/f'r/notebooks/{at}.ipynb').exists():
+        assert process.poll() is None and time.time() < limit, process.stdout.read()
+        time.sleep(.05)
+    time.sleep(delay)
+    if process.poll() is None: kill(process)
+    again = start(tmp_path/'r', methods)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert (status(tmp_path/'r').state == 'done').all()
+    pd.testing.assert_frame_equal(results(tmp_path/'r', methods), results(smoke_run.path, methods))
+
+
+def test_ctrl_c_is_clean(tmp_path):
+    process = start(tmp_path/'r', ('chance',))
+    while not (tmp_path/'r/notebooks/09_cohort.ipynb').exists(): time.sleep(.05)
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'the same command goes on from here' in out and 'Traceback' not in out, out
+    assert not psutil.wait_procs(kernels, timeout=10)[1], 'a kernel was left behind'

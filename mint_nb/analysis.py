@@ -137,4 +137,4 @@ def analysis(run: Run) -> dict:
     def body():
         answers, cases = {k: read_table(p) for k, p in files.items()}, cohort_cases(run, 'test')
         make_report(run, answers, make_tables(run, answers, cases), cases)
-    return run_stage(run, 'analysis', body, 'mint_nb.analysis', ['pairs', 'analysis', 'seeds', 'task'], reads, [f'analysis/{w}' for w in _WRITES])
+    return run_stage(run, 'analysis', body, 'mint_nb.analysis', ['pairs', 'analysis', 'seeds', 'task', 'methods'], reads, [f'analysis/{w}' for w in _WRITES])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Item', 'lay_out', 'parts_of', 'token_logps', 'first_trainable', 'split_backbone', 'DepthCache', 'Engine',
-           'PreferenceTrainer', 'reference_logps', 'last_checkpoint', 'training_arguments', 'train', 'StopAt']
+           'PreferenceTrainer', 'reference_logps', 'last_checkpoint', 'training_arguments', 'Bar', 'train', 'StopAt']
 
 # %% ../nbs/32_engine.ipynb #0003
 import copy, math, os
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch   # methods a cell each
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.notebook import NotebookProgressCallback
 
 from .core import InputError, TrainParams, atomic_path, digest, progress
 from .losses import LOSSES, Logps, sft_loss
@@ -207,7 +208,19 @@ def training_arguments(params: TrainParams, folder: Path | str, steps: int, lr: 
                              use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, report_to=params.report_to, dataloader_pin_memory=False,
                              dataloader_num_workers=0, disable_tqdm=bool(os.environ.get('MINT_QUIET')), logging_first_step=True)
 
-# %% ../nbs/32_engine.ipynb #0032
+# %% ../nbs/32_engine.ipynb #0033
+class Bar(TrainerCallback):
+    "A progress bar over the updates, with the current loss."
+    def __init__(self, desc: str): self.desc = desc
+    def on_train_begin(self, args, state, control, **kw):
+        self.bar = progress(None, self.desc, total=state.max_steps)
+        self.bar.update(state.global_step)
+    def on_step_end(self, args, state, control, **kw): self.bar.update(1)
+    def on_log(self, args, state, control, logs=None, **kw):
+        if 'loss' in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+    def on_train_end(self, *a, **kw): self.bar.close()
+
+# %% ../nbs/32_engine.ipynb #0034
 def train(
     student: Student,             # with an adapter
     items: Sequence[Item],
@@ -223,11 +236,13 @@ def train(
     if not items: raise InputError('there is nothing to train on', file=folder)
     args = training_arguments(params, folder, steps, params.dpo_lr if loss == 'dpo' else params.lr, seed)
     trainer = PreferenceTrainer(student, engine or Engine(student), loss, params, reference, args=args, train_dataset=list(items))
+    for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
+    trainer.add_callback(Bar(loss))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/32_engine.ipynb #0036
+# %% ../nbs/32_engine.ipynb #0038
 class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step

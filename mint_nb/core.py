@@ -172,12 +172,12 @@ class TeacherParams(Section):
     "The upstream multimodal model."
     weights: Optional[str] = None   # folder of pretrained ViLT weights; None trains from a small config
     hidden: int = 128; layers: int = 2; heads: int = 4; patch: int = 16
-    epochs: int = 40; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
-    members: int = 2                # networks whose probabilities are averaged
+    epochs: int = 30; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
+    members: int = 3                # networks whose probabilities are averaged
     drop_findings: float = 0.3      # share of the text's phrases hidden at random in training
     pretrain: int = 3000            # drawings of random people that a small encoder learns to measure first; 0: none
     pretrain_epochs: int = 20
-    folds: int = 3                  # cross-fitting folds
+    folds: int = 4                  # cross-fitting folds
     view: Literal['both', 'note', 'portrait'] = 'both'   # what it sees when it ranks
 
 # %% ../nbs/00_core.ipynb #0031

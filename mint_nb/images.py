@@ -516,7 +516,8 @@ def load_image(
     try:
         if Path(path).suffix == '.npy':
             v = np.load(path, allow_pickle=False)
-            if v.ndim != 1 or not np.isfinite(v).all(): raise InputError(f'an embedding is one vector of finite numbers, not shape {v.shape}', file=path)
+            if v.ndim != 1 or v.dtype.kind not in 'fiu' or not np.isfinite(v).all():
+                raise InputError(f'an embedding is one vector of finite numbers, not {v.dtype} of shape {v.shape}', file=path)
             return v.astype('float32')
         with Image.open(path) as im: im = _to_rgb(ImageOps.exif_transpose(im))
     except InputError: raise

@@ -1,0 +1,119 @@
+"The teacher: who ranked whom, missing views, embeddings, foreign weights, and being the same twice."
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pytest, torch
+
+from mint_nb.core import InputError, TeacherParams
+from mint_nb.images import draw_portrait
+from mint_nb.tasks import Case, Catalogue, Finding, Ranker
+from mint_nb.teachers import Teacher, cross_fit, folds_of, load_teacher, pretrained_vilt, small_vilt, word_tokenizer
+
+IDS = [f'OMIM:{i}' for i in range(4)]
+CATALOGUE = Catalogue({d: f'Disease {d[5:]}' for d in IDS})
+QUICK = TeacherParams(hidden=16, layers=1, heads=2, patch=8, epochs=1, batch=8, folds=2, members=1, pretrain=0)
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    d = tmp_path_factory.mktemp('cases')
+    for i in range(16):
+        draw_portrait([], None, i, 32).save(d/f'{i}.png'); np.save(d/f'{i}.npy', np.random.default_rng(i).random(5))
+    return d
+
+@pytest.fixture
+def cases():
+    return [Case(f'P{i}', image=f'{i}.png', labels={'disease': IDS[i % 4]}, group=f'F{i//2}',
+                 phenotypes=(Finding('HP:0001250', 'Seizure'), Finding(f'HP:000000{i % 4}', f'finding {i % 4}'))) for i in range(16)]
+
+def test_same_seed_same_numbers(root, cases):
+    a, b, c = (Teacher(CATALOGUE, QUICK, root, image_size=32, seed=s).fit(cases).scores(cases) for s in (0, 0, 1))
+    assert np.array_equal(a, b) and not np.allclose(a, c)
+    assert np.allclose(np.exp(a).sum(1), 1, atol=1e-6)
+
+def test_batches_do_not_change_scores(root, cases):
+    t = Teacher(CATALOGUE, QUICK, root, image_size=32).fit(cases)
+    for view in ('both', 'note', 'portrait'):
+        whole = t.scores(cases, view)
+        assert np.allclose(whole, np.concatenate([t.scores([c], view) for c in cases]), atol=1e-5)
+        assert np.allclose(whole[::-1], t.scores(cases[::-1], view), atol=1e-5)
+
+def test_a_hidden_view_has_no_influence(root, cases):
+    t = Teacher(CATALOGUE, QUICK, root, image_size=32).fit(cases)
+    other = [replace(c, id=c.id + 'x', image='0.png') for c in cases]
+    assert np.allclose(t.scores(cases, 'note'), t.scores(other, 'note'), atol=1e-6)
+    silent = [replace(c, id=c.id + 'y', phenotypes=()) for c in cases]
+    assert np.allclose(t.scores(cases, 'portrait'), t.scores(silent, 'portrait'), atol=1e-6)
+    blind = [replace(c, id=c.id + 'z', image=None) for c in cases]
+    assert np.allclose(t.scores(cases, 'note'), t.scores(blind, 'both'), atol=1e-6)
+
+def test_the_diagnosis_of_a_ranked_case_is_never_read(root, cases):
+    t = Teacher(CATALOGUE, QUICK, root, image_size=32).fit(cases)
+    assert np.array_equal(t.scores(cases), t.scores([replace(c, labels={}) for c in cases]))
+
+def test_cross_fitted_scores_do_not_depend_on_the_own_label(root, cases):
+    "Swap the label of one family: its own cross-fitted scores stay, because it trained none of its judges."
+    slow = QUICK.model_copy(update={'epochs': 3, 'lr': 1e-2})
+    swapped = [replace(c, labels={'disease': IDS[3 - int(c.labels['disease'][5:])]}) if c.group == 'F0' else c for c in cases]
+    a, b = (cross_fit(cs, CATALOGUE, slow, root, image_size=32)['both'] for cs in (cases, swapped))
+    own = [i for i, c in enumerate(cases) if c.group == 'F0']
+    assert np.array_equal(a[own], b[own]) and not np.allclose(np.delete(a, own, 0), np.delete(b, own, 0))
+
+def test_folds_keep_groups_together(cases):
+    folds = folds_of(cases, 3, 0)
+    assert sorted(i for _, held in folds for i in held) == list(range(16))
+    for train, held in folds: assert not {cases[i].group for i in train} & {cases[i].group for i in held}
+    with pytest.raises(InputError, match='two groups'): folds_of([replace(c, group='F') for c in cases], 3, 0)
+
+def test_cases_without_a_label_are_ranked_and_not_learnt_from(root, cases):
+    bare = [replace(c, labels={}) if c.group in ('F1', 'F2') else c for c in cases]
+    a = cross_fit(bare, CATALOGUE, QUICK, root, image_size=32)['both']
+    assert np.isfinite(a).all() and (np.abs(a).sum(1) > 0).all()
+    fewer = cross_fit([c for c in bare if c.labels], CATALOGUE, QUICK, root, image_size=32)['both']
+    assert np.array_equal(a[[i for i, c in enumerate(bare) if c.labels]], fewer)
+
+def test_embeddings_in_place_of_portraits(root, cases, tmp_path):
+    vectors = [replace(c, image=c.image.replace('png', 'npy')) for c in cases]
+    t = Teacher(CATALOGUE, QUICK.model_copy(update={'pretrain': 64}), root, image_size=32).fit(vectors)
+    assert isinstance(t, Ranker) and not np.allclose(t.scores(vectors, 'both'), t.scores(vectors, 'note'))
+    again = load_teacher(t.save(tmp_path/'model'), root)
+    assert np.allclose(again.scores(vectors), t.scores(vectors), atol=1e-6)
+    with pytest.raises(InputError, match='mixed'): t.scores([vectors[0], cases[1]])
+
+def test_rankings_are_whole(root, cases):
+    t = Teacher(CATALOGUE, QUICK, root, image_size=32).fit(cases)
+    r = t.rank(cases, top=2, bottom=1)
+    assert len(r) == 3*16 and set(r['rank']) == {1, 2, 4} and (r.score.groupby(r.case_id).is_monotonic_decreasing).all()
+    assert len(t.rank([], top=2)) == 0
+
+def test_nobody_to_learn_from(root, cases):
+    with pytest.raises(InputError, match='no training case'): Teacher(CATALOGUE, QUICK, root).fit([replace(c, labels={'disease': 'OMIM:9'}) for c in cases])
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tok = word_tokenizer(['seizure', 'finding 0'])
+    model = small_vilt(QUICK, len(tok), 528, 32)
+    model.config.save_pretrained(tmp_path); tok.save_pretrained(tmp_path)
+    return model, tmp_path
+
+def test_a_torch_state_dict_is_read(checkpoint, root, cases):
+    model, folder = checkpoint
+    torch.save({f'module.{k}': v for k, v in model.state_dict().items()}, folder/'pytorch_model.bin')   # as DataParallel leaves it
+    loaded, _ = pretrained_vilt(folder, 4)
+    assert all((v == loaded.state_dict()[k]).all() for k, v in model.state_dict().items() if k.startswith('vilt.'))
+    t = Teacher(CATALOGUE, QUICK.model_copy(update={'weights': str(folder)}), root, image_size=64).fit(cases)
+    assert t.image_size == 32 and t.scores(cases).shape == (16, 4)
+
+def test_a_pickle_is_not_run(checkpoint):
+    import pickle
+    class Evil:
+        def __reduce__(self): return (print, ('ran',))
+    (checkpoint[1]/'pytorch_model.bin').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError, match='not a readable state dict'): pretrained_vilt(checkpoint[1], 4)
+
+def test_foreign_weights_are_refused(checkpoint, tmp_path):
+    torch.save({'bert.embeddings': torch.zeros(2)}, checkpoint[1]/'pytorch_model.bin')
+    with pytest.raises(InputError, match='missing or of another shape'): pretrained_vilt(checkpoint[1], 4)
+    with pytest.raises(InputError, match='config.json'): pretrained_vilt(tmp_path/'nowhere', 4)
+
+def test_no_weights_and_no_tokenizer(checkpoint):
+    with pytest.raises(InputError, match='holds no weights'): pretrained_vilt(checkpoint[1], 4)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Optional, Sequence
 
-from .core import InputError, Run, atomic_path, file_digest, progress, read_json, run_stage, write_json
+from .core import InputError, Run, atomic_path, progress, read_json, run_stage, write_json
 from .images import draw_portrait, patient_gestalt
 from .ontology import Ontology, load_ontology
 from .patients import (InputWarning, add_note, answer_table, catalogue_of_cases, check_splits, choose_answers, cohort_card, describe_cohort, file_name,
@@ -66,9 +66,9 @@ def make_cohort(
     for field in ('source', 'embeddings'):
         path = getattr(p, field)
         if path and not Path(path).exists(): raise InputError('does not exist', file=path, field=f'cohort.{field}')
-    inputs = [file_digest(f) if f else None for f in (p.source, p.embeddings)]
-    return run_stage(run, 'cohort', lambda: write_cohort(run), 'mint_nb.cohort', ['cohort', 'task'],
-                     writes=[f'cases/{f}' for f in ('cases.parquet', 'catalogue.json', 'images', 'card.json', 'hidden_labels.json')], extra=inputs)
+    sources = [str(Path(f).resolve()) for f in (p.source, p.embeddings) if f]   # outside the run folder
+    return run_stage(run, 'cohort', lambda: write_cohort(run), 'mint_nb.cohort', ['cohort', 'task'], sources,
+                     [f'cases/{f}' for f in ('cases.parquet', 'catalogue.json', 'images', 'card.json', 'hidden_labels.json')])
 
 # %% ../nbs/09_cohort.ipynb #0011
 def write_cohort(run: Run) -> None:

@@ -156,7 +156,7 @@ class CohortParams(Section):
     diseases: int = 24              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
     min_groups: int = 2             # real cohort: publications a disease needs
-    train: int = 320                # cases per split; 0: as many as there are
+    train: int = 240                # cases per split; 0: as many as there are
     calibration: int = 24
     validation: int = 24
     test: int = 96
@@ -168,6 +168,7 @@ class CohortParams(Section):
     label_share: float = 1.0        # share of training cases that carry a diagnosis
     seed: int = 0                   # seed of the cases and the split
 
+# %% ../nbs/00_core.ipynb #0031
 class TeacherParams(Section):
     "The upstream multimodal model."
     weights: Optional[str] = None   # folder of pretrained ViLT weights; None trains from a small config
@@ -180,7 +181,7 @@ class TeacherParams(Section):
     folds: int = 4                  # cross-fitting folds
     view: Literal['both', 'note', 'portrait'] = 'both'   # what it sees when it ranks
 
-# %% ../nbs/00_core.ipynb #0031
+# %% ../nbs/00_core.ipynb #0032
 class PairParams(Section):
     "From rankings to preference pairs."
     k: int = 5; q: int = 5          # length of chosen and rejected list
@@ -205,7 +206,7 @@ class TrainParams(Section):
     checkpoint_every: int = 20      # updates between checkpoints
     report_to: str = 'none'
 
-# %% ../nbs/00_core.ipynb #0032
+# %% ../nbs/00_core.ipynb #0033
 class PredictParams(Section):
     "Decoding."
     max_new_tokens: int = 100; batch: int = 32
@@ -231,7 +232,7 @@ class Params(Section):
     predict: PredictParams = Field(default_factory=PredictParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0034
+# %% ../nbs/00_core.ipynb #0035
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -250,7 +251,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0036
+# %% ../nbs/00_core.ipynb #0037
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -266,7 +267,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0039
+# %% ../nbs/00_core.ipynb #0040
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -284,7 +285,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0041
+# %% ../nbs/00_core.ipynb #0042
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -307,7 +308,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0044
+# %% ../nbs/00_core.ipynb #0045
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -324,13 +325,13 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0045
+# %% ../nbs/00_core.ipynb #0046
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f'cpu ({os.cpu_count()} cores)'
 
-# %% ../nbs/00_core.ipynb #0048
+# %% ../nbs/00_core.ipynb #0049
 def record(
     run: Run,      # the run folder
     entry: dict,   # with `stage` and `status`
@@ -344,7 +345,7 @@ def record(
     except OSError as e:
         if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
-# %% ../nbs/00_core.ipynb #0050
+# %% ../nbs/00_core.ipynb #0051
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -361,7 +362,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0051
+# %% ../nbs/00_core.ipynb #0052
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -387,7 +388,7 @@ def run_stage(
             record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0053
+# %% ../nbs/00_core.ipynb #0054
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -399,7 +400,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0057
+# %% ../nbs/00_core.ipynb #0058
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

@@ -66,9 +66,10 @@ SPEEDS = dict(   # measured on two Zen 3 cores
     start=6.,            # s to start a kernel and import
     case=.03,            # s to write a note and draw a portrait
     source=25.,          # s to read some thousand phenopackets
-    teacher=.011,        # s per case and epoch at hidden 128, 4 layers, 17 patches
-    train=330.,          # tokens/s, SmolLM2-135M with adapters in the top 10 layers
-    write=85.,           # tokens/s, greedy decoding in batches of 32
+    teacher=.0016,       # s per case, epoch and network at hidden 128, 2 layers, 17 patches
+    face=.0007,          # s per drawing and epoch while the encoder learns to see faces
+    train=390.,          # tokens/s, SmolLM2-135M with adapters in the top 10 layers
+    write=150.,          # tokens/s, greedy decoding in batches of 32
     tiny=4.)             # times faster, at least, is the tiny random student
 LEARNS = {'dpo_full': 2., 'dpo': 1.2}   # share of work relative to one pass over chosen and rejected lists
 
@@ -82,10 +83,10 @@ def work_seconds(
     n_all = p.cohort.train + p.cohort.calibration + p.cohort.validation + p.cohort.test
     if step.notebook == '09_cohort': return v['case']*n_all + (v['source'] if p.cohort.source else 0)
     if step.notebook == '19_upstream':
-        size = (p.teacher.hidden/128)*(p.teacher.layers/4)
-        return v['teacher']*size*p.teacher.epochs*p.cohort.train*p.teacher.folds   # folds - 1 of data for each fold, and once all
+        t, size = p.teacher, (p.teacher.hidden/128)*(p.teacher.layers/2)
+        return size*(v['teacher']*t.members*t.epochs*p.cohort.train*t.folds + v['face']*t.pretrain*t.pretrain_epochs)   # each fold trains on the others, then all
     if step.notebook == '39_align':
-        tokens = p.cohort.train*p.train.epochs*(p.student.max_prompt + 2*p.predict.max_new_tokens*.85)
+        tokens = p.cohort.train*p.train.epochs*(p.student.max_prompt + 2*p.predict.max_new_tokens*.7)
         return tokens/v['train']/faster*LEARNS.get(step.values['method'], 1.)
     if step.notebook == '49_predict' and (step.values['method'].removesuffix('_constrained') in (*ALIGNED, 'base')):
         return p.cohort.test*p.predict.max_new_tokens/v['write']/faster

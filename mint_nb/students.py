@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
+from fastcore.basics import patch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -85,20 +86,22 @@ class Student:
         "Token ids of an answer, with the end token."
         return self.tokenizer(text, add_special_tokens=False)['input_ids'] + [self.eos_id]
 
-    def prompt_ids(self,
-        task: Task, note: str, k: int,   # what is asked about whom
-        max_prompt: int = 0,             # tokens; 0: no limit
-        paper: bool = False,             # the long published instruction
-    ) -> list[int]:
-        "Token ids of a task's prompt; an over-long note is trimmed from its end, by whole words."
-        ids, words = self.message_ids(task.prompt(note, k, paper)), note.split()
-        while max_prompt and len(ids) > max_prompt:
-            if not words: raise InputError(f'the instruction alone has {len(ids)} tokens, the limit is {max_prompt}', field='student.max_prompt')
-            words = words[:-max(1, (len(ids) - max_prompt)//3)]
-            ids = self.message_ids(task.prompt(' '.join(words), k, paper))
-        return ids
-
 # %% ../nbs/30_students.ipynb #0014
+@patch
+def prompt_ids(self: Student,
+    task: Task, note: str, k: int,   # what is asked about whom
+    max_prompt: int = 0,             # tokens; 0: no limit
+    paper: bool = False,             # the long published instruction
+) -> list[int]:
+    "Token ids of a task's prompt; an over-long note is trimmed from its end, by whole words."
+    ids, words = self.message_ids(task.prompt(note, k, paper)), note.split()
+    while max_prompt and len(ids) > max_prompt:
+        if not words: raise InputError(f'the instruction alone has {len(ids)} tokens, the limit is {max_prompt}', field='student.max_prompt')
+        words = words[:-max(1, (len(ids) - max_prompt)//3)]
+        ids = self.message_ids(task.prompt(' '.join(words), k, paper))
+    return ids
+
+# %% ../nbs/30_students.ipynb #0016
 def tiny_model(
     vocab: int,      # size of the tokenizer
     seed: int = 0,
@@ -112,7 +115,7 @@ def unsloth_usable() -> bool:
     "Unsloth imports without a GPU but cannot train there, so both are asked for."
     return torch.cuda.is_available() and find_spec('unsloth') is not None
 
-# %% ../nbs/30_students.ipynb #0015
+# %% ../nbs/30_students.ipynb #0017
 def _load_checkpoint(where: str, load_in_4bit: bool) -> tuple[Any, Any]:
     "Model and tokenizer from a folder or hub id."
     try:
@@ -127,7 +130,7 @@ def _load_checkpoint(where: str, load_in_4bit: bool) -> tuple[Any, Any]:
         raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,
                          hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'") from e
 
-# %% ../nbs/30_students.ipynb #0016
+# %% ../nbs/30_students.ipynb #0018
 def load_student(
     name: str = 'smollm2',            # 'smollm2', 'tiny', a folder or a hub id
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
@@ -148,7 +151,7 @@ def load_student(
     if adapter is not None: model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return Student(model.eval(), tok, name)
 
-# %% ../nbs/30_students.ipynb #0023
+# %% ../nbs/30_students.ipynb #0025
 def linear_names(model: Any) -> list[str]:
     "Names of the linear maps inside the transformer blocks (attention and MLP)."
     return sorted({n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and '.layers.' in f'.{n}'})

@@ -15,7 +15,7 @@ from typing import Any, Iterable, Literal, Optional, Sequence
 
 import numpy as np, torch
 from safetensors.torch import load_file, save_file
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from fastcore.basics import patch   # methods a cell each
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -186,29 +186,31 @@ class Teacher:
         self.image_size, self.models, self.tok, self._pictures = image_size, [], None, {}
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
-    def build(self, texts: Iterable[str], embedding: int = 0) -> None:
-        "Make tokenizer and networks; `embedding` is the length of photo embeddings, 0 for pictures."
-        texts, labels = list(texts), len(self.catalogue)
-        self.tok, self.models = word_tokenizer(texts), []
-        for member in range(self.params.members):
-            torch.manual_seed(1000*self.seed + member)
-            if self.params.weights: model, self.tok = pretrained_vilt(self.params.weights, labels)
-            else:
-                model = small_vilt(self.params, len(self.tok), labels, self.image_size)
-                if not embedding: see_faces(model, self.params, self.image_size)
-            if embedding: model.project = nn.Linear(embedding, model.config.hidden_size)
-            self.models.append(model.to(self.device))
-        self.image_size = self.models[0].config.image_size
+# %% ../nbs/10_teachers.ipynb #0033
+@patch
+def build(self: Teacher, texts: Iterable[str], embedding: int = 0) -> None:
+    "Make tokenizer and networks; `embedding` is the length of photo embeddings, 0 for pictures."
+    labels, self.tok, self.models = len(self.catalogue), word_tokenizer(texts), []
+    for member in range(self.params.members):
+        torch.manual_seed(1000*self.seed + member)
+        if self.params.weights: model, self.tok = pretrained_vilt(self.params.weights, labels)
+        else:
+            model = small_vilt(self.params, len(self.tok), labels, self.image_size)
+            if not embedding: see_faces(model, self.params, self.image_size)
+        if embedding: model.project = nn.Linear(embedding, model.config.hidden_size)
+        self.models.append(model.to(self.device))
+    self.image_size = self.models[0].config.image_size
 
-    def picture(self, case: Case) -> np.ndarray | None:
-        "The portrait (3, S, S) or embedding of a case; small ones are read once."
-        if not case.image: return None
-        if case.image in self._pictures: return self._pictures[case.image]
-        x = load_image(self.root/case.image, self.image_size)
-        if self.image_size <= 128: self._pictures[case.image] = x
-        return x
+@patch
+def picture(self: Teacher, case: Case) -> np.ndarray | None:
+    "The portrait (3, S, S) or embedding of a case; small ones are read once."
+    if not case.image: return None
+    if case.image in self._pictures: return self._pictures[case.image]
+    x = load_image(self.root/case.image, self.image_size)
+    if self.image_size <= 128: self._pictures[case.image] = x
+    return x
 
-# %% ../nbs/10_teachers.ipynb #0034
+# %% ../nbs/10_teachers.ipynb #0037
 def jitter(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Shift a picture by a pixel at most and mirror every second one; leave an embedding as it is."
     if x.ndim == 1: return x
@@ -216,17 +218,20 @@ def jitter(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return x[:, :, ::-1] if rng.random() < .5 else x
 
 @patch
+def text(self: Teacher, case: Case, view: View, rng: Optional[np.random.Generator] = None) -> str:
+    "The text of a case, or an asterisk; with `rng`, shuffled and with some phrases left out."
+    p = phrases(case) if view != 'portrait' else []
+    if rng is not None: p = [p[i] for i in rng.permutation(len(p)) if rng.random() > self.params.drop_findings]
+    return ' '.join(p) or MISSING
+
+# %% ../nbs/10_teachers.ipynb #0039
+@patch
 def batch(self: Teacher,
     cases: Sequence[Case], views: Sequence[View],
     rng: Optional[np.random.Generator] = None,   # given: augment
 ) -> dict[str, Tensor]:                          # input_ids, text_mask (n, T); pixels or vectors; image_mask (n,)
     "Tensors of some cases, each seen through its view."
-    texts = []
-    for c, v in zip(cases, views):
-        p = phrases(c)
-        if rng is not None: p = [p[i] for i in rng.permutation(len(p)) if rng.random() > self.params.drop_findings]
-        texts.append(' '.join(p) if v != 'portrait' and p else MISSING)
-    t = self.tok(texts, padding=True, truncation=True, max_length=self.models[0].config.max_position_embeddings, return_tensors='pt')
+    t = self.tok([self.text(c, v, rng) for c, v in zip(cases, views)], padding=True, truncation=True, max_length=self.models[0].config.max_position_embeddings, return_tensors='pt')
     pics = [self.picture(c) for c in cases]
     shape = next((x.shape for x in pics if x is not None), (3, self.image_size, self.image_size))
     seen = torch.tensor([v != 'note' and x is not None for v, x in zip(views, pics)])
@@ -235,7 +240,7 @@ def batch(self: Teacher,
     out = dict(input_ids=t['input_ids'], text_mask=t['attention_mask'], pixels=torch.from_numpy(np.stack(pics)), image_mask=seen)
     return {k: v.to(self.device) for k, v in out.items()}
 
-# %% ../nbs/10_teachers.ipynb #0036
+# %% ../nbs/10_teachers.ipynb #0042
 @patch
 def fit(self: Teacher,
     cases: Sequence[Case],   # those with a label are used
@@ -249,6 +254,7 @@ def fit(self: Teacher,
     for n, model in enumerate(self.models): self.fit_member(model, cases, 1000*self.seed + n, f'{desc}, network {n + 1} of {len(self.models)}')
     return self
 
+# %% ../nbs/10_teachers.ipynb #0043
 @patch
 def fit_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[Case], seed: int, desc: str) -> None:
     "Train one network."
@@ -270,7 +276,7 @@ def fit_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[C
 MIX = (.35, .45, .2)   # share of batches seen through both views, the note, the portrait
 WORDS_FASTER = 3.      # learning rate of the word embeddings, times that of the rest
 
-# %% ../nbs/10_teachers.ipynb #0038
+# %% ../nbs/10_teachers.ipynb #0045
 @patch
 def scores(self: Teacher, cases: Sequence[Case], view: Optional[View] = None) -> np.ndarray:
     "Log-probabilities (n, N) of the answers, seen through `view` (default: the teacher's own)."
@@ -289,7 +295,7 @@ def rank(self: Teacher, cases: Sequence[Case], top: int = 10, bottom: int = 0) -
     s = self.scores(cases)
     return rankings_from_scores([c.id for c in cases], s, self.catalogue, top, bottom, probs=np.exp(s), seed=self.seed)
 
-# %% ../nbs/10_teachers.ipynb #0044
+# %% ../nbs/10_teachers.ipynb #0051
 @patch
 def save(self: Teacher, folder: Path | str) -> Path:
     "Write the teacher into a folder, atomically."
@@ -301,6 +307,7 @@ def save(self: Teacher, folder: Path | str) -> Path:
                                             image_size=self.image_size, view=self.view, seed=self.seed))
     return Path(folder)
 
+# %% ../nbs/10_teachers.ipynb #0052
 def load_teacher(folder: Path | str, root: Path | str = '.') -> Teacher:
     "Read a teacher that `save` wrote."
     folder, meta = Path(folder), read_json(Path(folder)/'teacher.json')
@@ -312,14 +319,21 @@ def load_teacher(folder: Path | str, root: Path | str = '.') -> Teacher:
         model.load_state_dict(state); t.models.append(model.to(t.device).eval())
     return t
 
-# %% ../nbs/10_teachers.ipynb #0047
-def folds_of(cases: Sequence[Case], n: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+# %% ../nbs/10_teachers.ipynb #0055
+def folds_of(
+    cases: Sequence[Case], n: int, seed: int,
+    label: str = 'disease',   # its values are spread over the folds as evenly as groups allow
+) -> list[tuple[np.ndarray, np.ndarray]]:
     "Train and held-out positions for each fold; groups stay together."
     groups = [c.group or c.id for c in cases]
     n = min(n, len(set(groups)))
     if n < 2: raise InputError('cross-fitting needs two groups or more', field='teacher.folds')
-    return list(GroupKFold(n, shuffle=True, random_state=seed).split(cases, groups=groups))
+    answers = [c.labels.get(label, '') for c in cases]
+    spread = min(map(answers.count, answers)) >= n   # otherwise some answers have fewer cases than there are folds
+    folds = (StratifiedGroupKFold if spread else GroupKFold)(n, shuffle=True, random_state=seed)
+    return list(folds.split(cases, answers, groups))
 
+# %% ../nbs/10_teachers.ipynb #0057
 def cross_fit(
     cases: Sequence[Case], catalogue: Catalogue, params: TeacherParams,
     root: Path | str, label: str = 'disease', image_size: int = 64, seed: int = 0,
@@ -329,9 +343,9 @@ def cross_fit(
     known = [i for i, c in enumerate(cases) if c.labels.get(label) in catalogue]
     unknown = [i for i in range(len(cases)) if i not in set(known)]
     out = {v: np.zeros((len(cases), len(catalogue))) for v in views}
-    folds = folds_of([cases[i] for i in known], params.folds, seed)
+    folds = folds_of([cases[i] for i in known], params.folds, seed, label)
     for f, (train, held) in enumerate(folds):
-        t = Teacher(catalogue, params, root, label, image_size, seed=seed + f).fit([cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
+        t = Teacher(catalogue, params, root, label, image_size, seed=100*seed + f).fit([cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
         for v in views:
             out[v][[known[i] for i in held]] = t.scores([cases[known[i]] for i in held], v)
             if unknown: out[v][unknown] += t.scores([cases[i] for i in unknown], v)/len(folds)

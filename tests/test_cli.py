@@ -1,5 +1,5 @@
 """The command: what it prints, where it writes, its exit codes."""
-import json, subprocess, sys, time
+import json, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest
@@ -115,8 +115,12 @@ def test_doctor(smoke_run, tmp_path):
 
 
 def test_real_cases_through_the_command(data, tmp_path):
-    result = call('run', '--cases', data/'phenopackets.zip', '--profile', 'laptop', '--out', tmp_path/'r', '--until', '09_cohort', '--max-cases', 90)
+    cases = Path(shutil.copy(data/'phenopackets.zip', tmp_path))
+    result = call('run', '--cases', cases, '--profile', 'laptop', '--out', tmp_path/'r', '--until', '09_cohort', '--max-cases', 90)
     assert result.exit_code == 0, result.output
+    assert '09_cohort                          done' in call('status', tmp_path/'r').stdout
+    with cases.open('ab') as f: f.write(b'changed')
+    assert '09_cohort                          stale' in call('status', tmp_path/'r').stdout
     params, cases = open_params(tmp_path/'r'), read_cases(tmp_path/'r/cases/cases.parquet')
     assert params.cohort.diseases == 40 and 'naive_bayes_clean' in params.methods
     count = pd.Series([c.split for c in cases]).value_counts()

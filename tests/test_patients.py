@@ -112,7 +112,8 @@ def test_splits_of_odd_cohorts():
 def test_hidden_labels_leave_no_trace(cohort):
     cases, hidden = hide_labels(cohort[0], .1, 0)
     bare = [c for c in cases if c.id in hidden]
-    assert len(bare) == 144 and all(c.labels == {} and c.split == 'train' for c in bare)
+    train = sum(c.split == 'train' for c in cases)
+    assert len(bare) == train - round(.1*train) and all(c.labels == {} and c.split == 'train' for c in bare)
 
 
 # --- bad input

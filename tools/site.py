@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {'IN_TEST': '1', 'MINT_QUIET': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}   # IN_TEST: nbdev_export() in a notebook does nothing
 
 import nbformat
-from mint_nb.core import atomic_path, code_digest, digest, file_digest, locked
+from mint_nb.core import atomic_path, cache_dir, code_digest, digest, file_digest, locked
 from mint_nb.pipeline import NotebookFailed, run_notebook
 
 
@@ -69,7 +69,8 @@ def execute_all(workers: int) -> None:
 def executed(stem: str):
     "The executed copy of a notebook, without what papermill adds, without warnings and bars, without paths of this machine."
     text = next((MAKE/'docs').glob(f'{stem}-*.ipynb')).read_text()
-    for path, short in ((ROOT, '.'), (Path.home(), '~')): text = text.replace(f'{path}/', f'{short}/')
+    for path, short in ((ROOT, '.'), (cache_dir(), '~/.cache/mint_nb'), (Path.home(), '~')): text = text.replace(f'{path}/', f'{short}/')
+    text = re.sub(re.escape(tempfile.gettempdir()) + r'/\w+', '...', text)
     nb = nbformat.reads(text, 4)
     nb.metadata = {'kernelspec': nb.metadata.kernelspec}
     for c in nb.cells:

@@ -153,7 +153,7 @@ class Section(BaseModel):
 class CohortParams(Section):
     "Which patients."
     source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, or a GMDB folder; None simulates
-    diseases: int = 24              # at most this many answers in the catalogue; 0: no limit
+    diseases: int = 16              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
     min_groups: int = 2             # real cohort: publications a disease needs
     train: int = 240                # cases per split; 0: as many as there are
@@ -174,17 +174,17 @@ class TeacherParams(Section):
     weights: Optional[str] = None   # folder of pretrained ViLT weights; None trains from a small config
     hidden: int = 128; layers: int = 2; heads: int = 4; patch: int = 16
     epochs: int = 30; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
-    members: int = 3                # networks whose probabilities are averaged
+    members: int = 2                # networks whose probabilities are averaged
     drop_findings: float = 0.3      # share of the text's phrases hidden at random in training
     pretrain: int = 3000            # drawings of random people that a small encoder learns to measure first; 0: none
     pretrain_epochs: int = 20
-    folds: int = 4                  # cross-fitting folds
+    folds: int = 3                  # cross-fitting folds
     view: Literal['both', 'note', 'portrait'] = 'both'   # what it sees when it ranks
 
 # %% ../nbs/00_core.ipynb #0032
 class PairParams(Section):
     "From rankings to preference pairs."
-    k: int = 5; q: int = 5          # length of chosen and rejected list
+    k: int = 4; q: int = 4          # length of chosen and rejected list
     n_rejected: int = 1             # rejected lists per case
     gold: Literal['keep', 'first', 'drop'] = 'keep'
     shuffle: bool = False           # permute rankings across cases (a control)
@@ -192,14 +192,14 @@ class PairParams(Section):
 class StudentParams(Section):
     "The unimodal language model and its adapter."
     model: str = 'smollm2'          # 'smollm2' (pinned wheel), 'tiny' (random, plumbing only), a folder or a hub id
-    lora_r: int = 16; lora_alpha: int = 32; lora_dropout: float = 0.0
-    lora_layers: int = 10           # adapters in the top this-many layers; 0: all
+    lora_r: int = 128; lora_alpha: int = 128; lora_dropout: float = 0.0
+    lora_layers: int = 8            # adapters in the top this-many layers; 0: all
     max_prompt: int = 120           # tokens; the note is trimmed to fit, never the answer
     load_in_4bit: bool = False
 
 class TrainParams(Section):
     "Alignment."
-    lr: float = 1e-3; beta: float = 0.5; epochs: float = 2; batch: int = 2
+    lr: float = 1e-3; beta: float = 1.0; epochs: float = 3; batch: int = 2
     dpo_lr: float = 2e-4; dpo_beta: float = 0.1
     warmup: float = 0.1; grad_norm: float = 1.0
     nll_on: Literal['response', 'trl'] = 'response'      # tokens of the likelihood term

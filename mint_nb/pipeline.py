@@ -166,6 +166,7 @@ def run_notebook(
     "Execute a notebook with papermill; raises `NotebookFailed` with the failing cell."
     import nbformat, papermill as pm
     from nbclient.exceptions import DeadKernelError
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # threads that wait must not burn the core that another program needs
     copy = Path(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='mint') as d:

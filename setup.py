@@ -3,6 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read("settings.ini", encoding="utf-8")
@@ -14,7 +15,22 @@ extras = {
     "track": cfg["track_requirements"].split(),
 }
 
+
+class WithNotebooks(build_py):
+    """A wheel carries the stage notebooks, which papermill runs."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # a checkout runs its own notebooks
+        out = Path(self.build_lib) / "mint_nb" / "nbs"
+        out.mkdir(parents=True, exist_ok=True)
+        for notebook in Path("nbs").glob("[0-9]9_*.ipynb"):
+            self.copy_file(str(notebook), str(out / notebook.name))
+
+
 setup(
+    cmdclass={"build_py": WithNotebooks},
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],

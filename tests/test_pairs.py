@@ -131,5 +131,5 @@ def test_trl_takes_the_rows(tmp_path):
     student = load_student('tiny')
     text = apply_chat_template({k: first[k] for k in ('prompt', 'chosen', 'rejected')}, student.tokenizer)
     assert text['chosen'].startswith(rows[0]['chosen'][0]['content']) and student.tokenizer.eos_token in text['chosen']
-    assert student.tokenizer(text['prompt'], add_special_tokens=False)['input_ids'] == student.prompt_ids(TASK, cases[0].note, 5)
+    assert student.tokenizer(text['prompt'], add_special_tokens=False)['input_ids'] == student.prompt_ids(TASK, cases[0].note, PairParams().k)
     assert not [p for p in checks(rows, student.tokenizer, 200, 120) if p.severity == 'error']

@@ -119,7 +119,8 @@ def kill(process: subprocess.Popen) -> None:
 
 def start(run: Path, methods: tuple) -> subprocess.Popen:
     command = [str(BIN/'mint-nb'), 'run', '--profile', 'smoke', '--methods', ','.join(methods), '--out', str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heeds_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a test runner in the background ignores it, and its children would too
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heeds_ctrl_c)
 
 
 @pytest.mark.parametrize('where', ['39_align-mint-0', 'anywhere'])

@@ -93,7 +93,7 @@ def align(
     preferences(run, seed, variant)
     source = f'preferences/{variant}-{seed}/train.parquet'
     def body():
-        student = add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit), p.student, seed)
+        student = add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), p.student, seed)
         for problem in refuse(checks(preference_rows(run, seed, variant), student.tokenizer, p.student.max_prompt, p.predict.max_new_tokens)): print(problem)
         items = items_of(read_table(run/source), cohort_cases(run), student, get_task(p.task), p.student.max_prompt)
         engine, work = Engine(student, DepthCache(run/'align/depth')), run/out/'work'
@@ -107,8 +107,8 @@ def align(
 # %% ../nbs/39_align.ipynb #0014
 def load_aligned(run: Run, method: str, seed: int = 0) -> Student:
     "The base student ('base') or an aligned one, its adapter merged for fast decoding."
-    name = run.params.student.model
-    if method == 'base': return load_student(name, load_in_4bit=run.params.student.load_in_4bit)
+    p = run.params.student
+    if method == 'base': return load_student(p.model, load_in_4bit=p.load_in_4bit, precision=p.precision)
     folder = run/f'align/{method}-{seed}/adapter'
     if not folder.exists(): raise InputError('there is no such adapter', file=folder, hint=f'run the align stage for {method} first')
-    return load_student(name, adapter=folder)
+    return load_student(p.model, adapter=folder, precision=p.precision)

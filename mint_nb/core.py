@@ -196,6 +196,7 @@ class StudentParams(Section):
     lora_layers: int = 8            # adapters in the top this-many layers; 0: all
     max_prompt: int = 120           # tokens; the note is trimmed to fit, never the answer
     load_in_4bit: bool = False
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto'   # of frozen weights; auto: bf16 where the processor multiplies it natively
 
 class TrainParams(Section):
     "Alignment."

@@ -123,13 +123,14 @@ class Engine:
         whole = getattr(self.backbone.config, 'model_type', '') != 'llama' or not 0 < self.depth < len(self.backbone.layers)
         self.lower, self.upper = (None, self.backbone) if whole else split_backbone(self.backbone, self.depth)
         self.cache = cache or DepthCache()
+        self.half = self.head.weight.dtype == torch.bfloat16      # then the float32 adapter multiplies in bfloat16 too
 
     def below(self, item: Item, row: dict[str, Tensor]) -> Tensor:
         "Hidden states of a whole item below the first trainable layer, (1, L, H)."
         def compute():
             with torch.no_grad():
                 return self.lower(input_ids=row['input_ids'], position_ids=row['position_ids'], attention_mask=row['mask'], use_cache=False).last_hidden_state
-        key = digest([self.name, len(self.backbone.layers), self.depth, item.prompt, item.answers])
+        key = digest([self.name, str(self.head.weight.dtype), len(self.backbone.layers), self.depth, item.prompt, item.answers])
         return self.cache.get(key, compute).to(self.head.weight)
 
 # %% ../nbs/32_engine.ipynb #0021
@@ -144,10 +145,11 @@ def logps(self: Engine,
     used = Item(item.case_id, item.prompt, item.answers[:1]) if chosen_only else item
     row = place(used)
     common = dict(position_ids=row['position_ids'], attention_mask=row['mask'], use_cache=False)
-    if self.lower is None: states = self.backbone(input_ids=row['input_ids'], **common).last_hidden_state[0]
-    else: states = self.upper(inputs_embeds=self.below(item, place(item))[:, :len(used)], **common).last_hidden_state[0]
-    keep = row['segment'] >= (0 if prompt else 1)
-    lp = token_logps(states[row['source'][keep]], row['target'][keep], self.head)
+    with torch.autocast(self.head.weight.device.type, torch.bfloat16, enabled=self.half):
+        if self.lower is None: states = self.backbone(input_ids=row['input_ids'], **common).last_hidden_state[0]
+        else: states = self.upper(inputs_embeds=self.below(item, place(item))[:, :len(used)], **common).last_hidden_state[0]
+        keep = row['segment'] >= (0 if prompt else 1)
+        lp = token_logps(states[row['source'][keep]], row['target'][keep], self.head)
     n = torch.tensor([len(used.prompt) - 1] + [len(a) for a in used.answers], device=lp.device)
     sums = torch.zeros(len(n), device=lp.device).index_add(0, row['segment'][keep], lp)
     pairs, rest = max(1, len(n) - 2), slice(2, None) if len(n) > 2 else slice(1, None)
@@ -204,7 +206,7 @@ def training_arguments(params: TrainParams, folder: Path | str, steps: int, lr: 
     "Trainer settings: one item a step of accumulation, cosine schedule, checkpoints, the run's seed."
     return TrainingArguments(str(folder), per_device_train_batch_size=1, gradient_accumulation_steps=params.batch, max_steps=steps, learning_rate=lr,
                              lr_scheduler_type='cosine', warmup_steps=round(params.warmup*steps), max_grad_norm=params.grad_norm, weight_decay=0.,
-                             logging_steps=1, save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=torch.cuda.is_available(),
+                             logging_steps=1, save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False,   # the engine chooses
                              use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, report_to=params.report_to, dataloader_pin_memory=False,
                              dataloader_num_workers=0, disable_tqdm=bool(os.environ.get('MINT_QUIET')), logging_first_step=True)
 

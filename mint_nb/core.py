@@ -210,7 +210,7 @@ class TrainParams(Section):
 # %% ../nbs/00_core.ipynb #0033
 class PredictParams(Section):
     "Decoding."
-    max_new_tokens: int = 100; batch: int = 32
+    max_new_tokens: int = 160; batch: int = 32
     constrained: tuple[str, ...] = ()   # methods that also decode with the catalogue's names only
 
 class AnalysisParams(Section):

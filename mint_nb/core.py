@@ -147,7 +147,7 @@ def progress(items: Iterable, desc: str = '', total: Optional[int] = None, **kw)
 # %% ../nbs/00_core.ipynb #0029
 class Section(BaseModel):
     "A group of parameters; unknown names are errors."
-    model_config = ConfigDict(extra='forbid', frozen=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)   # a default 3 becomes 3.0, as it does when read back
 
 # %% ../nbs/00_core.ipynb #0030
 class CohortParams(Section):

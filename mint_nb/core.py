@@ -203,7 +203,9 @@ class TrainParams(Section):
     lr: float = 1e-3; beta: float = 1.0; epochs: float = 3; batch: int = 2
     dpo_lr: float = 2e-4; dpo_beta: float = 0.1
     warmup: float = 0.1; grad_norm: float = 1.0
-    nll_on: Literal['response', 'trl'] = 'response'      # tokens of the likelihood term
+    simpo_gamma: float = 0.5        # margin that SimPO asks for
+    nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'   # tokens and mean of the likelihood term, see 31_losses
+    engine: Literal['mint', 'trl'] = 'mint'   # ours, or TRL's own trainers
     checkpoint_every: int = 20      # updates between checkpoints
     report_to: str = 'none'
 

@@ -42,7 +42,7 @@ class Step:
         return '-'.join([self.notebook, *map(str, self.values.values())])
 
 # %% ../nbs/60_pipeline.ipynb #0011
-ALIGNED = ('sft', 'dpo', 'dpo_full', 'mint', 'mint_note', 'mint_shuffled')   # methods with a training stage
+ALIGNED = ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo', 'mint', 'mint_list', 'mint_note', 'mint_shuffled')   # methods with a training stage
 
 def students(
     params: Params,   # of the run

@@ -19,13 +19,13 @@ from .tasks import get_task
 from .upstream import teacher_rankings, upstream
 
 # %% ../nbs/29_preferences.ipynb #0005
-_VARIANTS = {'mint': {}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True}}
+_VARIANTS = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True}}
 
 def variant_of(
     method: str,         # for example 'dpo' or 'mint_note'
 ) -> Optional[str]:      # a preference variant, or None when the method is not trained
     "The preference dataset that a method is trained on."
-    if method.removesuffix('_constrained') in ('sft', 'dpo', 'dpo_full'): return 'mint'
+    if method.removesuffix('_constrained') in ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo'): return 'mint'
     return method.removesuffix('_constrained') if method.removesuffix('_constrained') in _VARIANTS else None
 
 # %% ../nbs/29_preferences.ipynb #0008
@@ -59,7 +59,7 @@ Columns: `prompt`, `chosen`, `rejected` (chat messages), the answer ids behind t
 def preferences(
     run: Run,                # the run folder
     seed: int = 0,           # which teacher; also draws further rejected lists and the permutation
-    variant: str = 'mint',   # 'mint', 'mint_note' or 'mint_shuffled'
+    variant: str = 'mint',   # a key of `_VARIANTS`
 ) -> dict:                   # the manifest entry
     "Make the preference dataset of one variant and seed."
     if variant not in _VARIANTS: raise InputError(f'there is no such variant; there are {", ".join(_VARIANTS)}', field='variant', record=variant)

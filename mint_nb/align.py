@@ -16,7 +16,8 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from .core import InputError, Params, Run, atomic_path, read_json, read_table, run_stage, write_json, write_table
 from .tasks import Case, Task, get_task
 from .cohort import cohort_cases
-from .pairs import checks, refuse
+from .doctor import diagnose
+from .pairs import refuse
 from .preferences import preference_rows, preferences, variant_of
 from .students import Student, add_lora, load_student
 from .engine import Engine, Item, TensorStore, reference_logps, train
@@ -96,7 +97,8 @@ def align(
     source = f'preferences/{variant}-{seed}/train.parquet'
     def body():
         student = add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), p.student, seed)
-        for problem in refuse(checks(preference_rows(run, seed, variant), student.tokenizer, p.student.max_prompt, p.predict.max_new_tokens)): print(problem)
+        lines, problems = diagnose(preference_rows(run, seed, variant), student, p.student, p.train, p.predict.max_new_tokens)
+        print(*lines, *refuse(problems), sep='\n')
         items = items_of(read_table(run/source), cohort_cases(run), student, get_task(p.task), p.student.max_prompt)
         engine, work = Engine(student, TensorStore(run/'align/depth')), run/out/'work'
         logs = [(ph.loss, run_phase(student, engine, items, ph, p, work/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]

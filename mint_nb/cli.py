@@ -212,10 +212,11 @@ def doctor(
     "Check the machine, and a preference dataset if one is given; exit code 2 if training would be wrong."
     for k, v in machine_facts().items(): typer.echo(f'{k:14} {v}')
     if dataset is None: return
-    from mint_nb.pairs import checks
+    from mint_nb.core import StudentParams, TrainParams
+    from mint_nb.doctor import diagnose
     from mint_nb.students import load_student
-    problems = checks(read_table(dataset).to_dict('records'), load_student(model).tokenizer, max_prompt)
-    for p in problems: typer.echo(str(p))
+    lines, problems = diagnose(read_table(dataset).to_dict('records'), load_student(model), StudentParams(max_prompt=max_prompt), TrainParams())
+    typer.echo('\n'.join([*lines, *map(str, problems)]))
     errors = sum(p.severity == 'error' for p in problems)
     typer.echo(f'{dataset}: {errors} errors, {len(problems) - errors} warnings')
     if errors: raise typer.Exit(2)

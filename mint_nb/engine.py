@@ -419,7 +419,7 @@ def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     rows = []
     for it in items:
         full = lambda a: dict(input_ids=it.prompt + a, attention_mask=[1]*(len(it.prompt) + len(a)), labels=[-100]*len(it.prompt) + a)
-        if loss == 'sft': rows.append(dict(input_ids=it.prompt + it.answers[0], completion_mask=[0]*len(it.prompt) + [1]*len(it.answers[0]))); continue
+        if loss == 'sft': rows.append(full(it.answers[0])); continue
         for rejected in it.answers[1:]:
             if loss == 'dpo': rows.append(dict(prompt_ids=it.prompt, chosen_ids=it.answers[0], rejected_ids=rejected)); continue
             rows.append(dict(prompt_input_ids=it.prompt, prompt_attention_mask=[1]*len(it.prompt), **{f'chosen_{k}': v for k, v in full(it.answers[0]).items()},

@@ -1,0 +1,174 @@
+"The engine against TRL's own trainers, against ordinary rows, and against itself with and without its store."
+import os, subprocess, sys, textwrap
+
+import pytest, torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, TrainingArguments
+
+from mint_nb.bench import Setting, bench_items, bench_student, differences
+from mint_nb.core import InputError, StudentParams, TrainParams
+from mint_nb.engine import (Engine, Item, PreferenceTrainer, TensorStore, mismatched, reference_logps, separate_logps, train, trainer_settings, trl_rows, trl_trainer)
+from mint_nb.losses import LOSSES
+from mint_nb.students import Student, add_lora, load_student
+
+os.environ['TRL_EXPERIMENTAL_SILENCE'] = '1'
+SHORT = Setting(prompt=30, answer=10)
+
+def grads(student): return torch.cat([p.grad.flatten() for n, p in student.model.named_parameters() if p.grad is not None and '.ref.' not in n])
+
+def same(a, b, tolerance=1e-5): assert (a - b).norm() <= tolerance*b.norm(), ((a - b).norm()/b.norm()).item()
+
+def move(student, seed=5):
+    "Change the adapter, so that policy and reference differ."
+    gen = torch.Generator().manual_seed(seed)
+    for n, p in student.model.named_parameters():
+        if 'lora_B' in n and '.ref.' not in n: p.data += torch.randn(p.shape, generator=gen)*.05
+
+def our_step(student, items, loss, folder, reference=None, **params):
+    "Loss of one of our steps; the gradient stays in the model."
+    p = TrainParams(batch=len(items), **params)
+    engine = Engine(student)
+    trainer = PreferenceTrainer(student, engine, loss, p, reference and reference(engine), args=TrainingArguments(**trainer_settings(p, folder, 1, 1e-4, 0)), train_dataset=items)
+    move(student); student.model.zero_grad()
+    return trainer.training_step(student.model, {'items': items}).item()
+
+def their_step(student, trainer, rows):
+    "Loss of one of TRL's steps."
+    trainer.current_gradient_accumulation_steps = 1
+    move(student); student.model.zero_grad()
+    return trainer.training_step(student.model, trainer.data_collator(rows)).item()
+
+@pytest.mark.parametrize('loss', ['sft', 'orpo', 'dpo'])
+@pytest.mark.parametrize('rejected', [1, 4])
+def test_value_and_gradient_equal_trls_trainer(loss, rejected, tmp_path):
+    if loss == 'sft' and rejected > 1: pytest.skip('SFT reads no rejected answer')
+    s = SHORT._replace(rejected=rejected)
+    ours, theirs, items = bench_student(s, 'tiny'), bench_student(s, 'tiny'), bench_items(s, 1000)
+    reference = (lambda e: reference_logps(e, items)) if loss == 'dpo' else None
+    a = our_step(ours, items, loss, tmp_path, reference, nll_on='trl' if loss == 'orpo' else 'response')
+    params = TrainParams(batch=4, nll_on='trl')
+    b = their_step(theirs, trl_trainer(theirs, items, loss, params, trainer_settings(params, tmp_path, 1, 1e-4, 0)), trl_rows(items, loss))
+    assert a == pytest.approx(b, rel=1e-5)
+    same(grads(ours), grads(theirs))
+
+def kin_trainer(kind, student, items, folder):
+    "TRL's IPO, SimPO and KTO trainers with rows of our tokens."
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    base = trainer_settings(TrainParams(batch=4), folder, 1, 1e-4, 0)
+    toy = dict(processing_class=student.tokenizer, train_dataset=Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')]*4))
+    if kind == 'ipo': return DPOTrainer(student.model, args=DPOConfig(**base, loss_type='ipo', beta=.3, max_length=None), **toy), trl_rows(items, 'dpo')
+    if kind == 'simpo': return CPOTrainer(student.model, args=CPOConfig(**base, loss_type='simpo', cpo_alpha=0., beta=2., simpo_gamma=.5), **toy), trl_rows(items, 'orpo')
+    toy['train_dataset'] = Dataset.from_list([dict(prompt='a', completion='b', label=True), dict(prompt='a', completion='c', label=False)]*2)
+    rows = [dict(prompt_ids=i.prompt, completion_ids=a, KL_completion_ids=b, label=n == 0) for i, o in zip(items, mismatched(items)) for n, (a, b) in enumerate(zip(i.answers, o.answers))]
+    return KTOTrainer(student.model, args=KTOConfig(**base, beta=.3, max_length=None, train_sampling_strategy='sequential'), **toy), rows
+
+@pytest.mark.parametrize('kind', ['ipo', 'simpo', 'kto'])
+def test_the_kin_equal_trls_trainers(kind, tmp_path):
+    ours, theirs, items = bench_student(SHORT, 'tiny'), bench_student(SHORT, 'tiny'), bench_items(SHORT, 1000)
+    a = our_step(ours, items, kind, tmp_path, (lambda e: reference_logps(e, items)) if LOSSES[kind].reference else None, beta=2., dpo_beta=.3, simpo_gamma=.5)
+    trainer, rows = kin_trainer(kind, theirs, items, tmp_path)
+    b = their_step(theirs, trainer, rows)
+    assert a == pytest.approx(b, rel=2e-5)
+    same(grads(ours), grads(theirs), 2e-5)
+
+def test_likelihood_of_llama_factory(tmp_path):
+    student, items = bench_student(SHORT, 'tiny'), bench_items(SHORT, 1000)
+    a = our_step(student, items, 'sft', tmp_path, nll_on='llama-factory')
+    with torch.no_grad(): want = -sum(separate_logps(student, i)[0]/len(i.answers[0]) for i in items)/len(items)
+    assert a == pytest.approx(want.item(), rel=1e-5)
+
+def curve(kind, model, steps, folder, setting=SHORT, **params):
+    "Losses of a short training."
+    p = TrainParams(batch=2, nll_on='trl', engine=kind, lr=1e-3, **params)
+    student, items = bench_student(setting, model), bench_items(setting._replace(batch=8), 1000)
+    return [r['loss'] for r in train(student, items, 'orpo', p, folder/kind, steps)]
+
+def test_a_hundred_steps_follow_trls_curve(tmp_path):
+    a, b = (curve(k, 'tiny', 100, tmp_path) for k in ('mint', 'trl'))
+    assert len(a) == 100 and a[-1] < a[0] and a == pytest.approx(b, rel=1e-3)
+
+def test_ten_steps_of_smollm2_follow_trls_curve(tmp_path):
+    short = Setting(prompt=24, answer=8, layers=4)
+    a, b = (curve(k, 'smollm2', 10, tmp_path, short) for k in ('mint', 'trl'))
+    assert len(a) == 10 and a[-1] < a[0] and a == pytest.approx(b, rel=1e-3)
+
+def test_smollm2_value_and_gradient(tmp_path):
+    off = differences(Setting(prompt=40, answer=12, batch=2), 'smollm2', str(tmp_path))
+    assert all(max(v) < 1e-5 for v in off.values()), off
+
+def test_store_changes_nothing(tmp_path):
+    def losses(**how):
+        s = SHORT._replace(layers=1)
+        student, items = bench_student(s, 'tiny'), bench_items(s, 1000)
+        p = TrainParams(batch=2, lr=1e-3, checkpoint_every=100)
+        return [r['loss'] for r in train(student, items, 'orpo', p, tmp_path/str(how)[-12:-8], 20, engine=Engine(student, **how))]
+    plain = losses(cached=False)
+    assert losses(store=TensorStore(tmp_path/'store')) == pytest.approx(plain, rel=1e-5)
+    assert losses(store=TensorStore(tmp_path/'store'), budget=1) == pytest.approx(plain, rel=1e-5)    # other rows, same numbers
+    assert len(list((tmp_path/'store').rglob('*.safetensors'))) == 4*3
+
+def test_store_serves_other_combinations(tmp_path):
+    s = SHORT._replace(layers=1, rejected=3)
+    student, item = bench_student(s, 'tiny'), bench_items(s, 1000)[0]
+    engine = Engine(student, TensorStore(tmp_path))
+    engine.logps(Item('a', item.prompt, item.answers[:2]))
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*.safetensors')}
+    lp = engine.logps(item)
+    assert len(before) == 3 and len(list(tmp_path.rglob('*.safetensors'))) == 5 and all(f.stat().st_mtime_ns == t for f, t in before.items())
+    assert torch.allclose(torch.cat([lp.chosen, lp.rejected]), separate_logps(student, item), rtol=1e-5)
+
+def test_reference_is_kept_by_adapter(tmp_path):
+    student, items = bench_student(SHORT._replace(layers=1), 'tiny'), bench_items(SHORT, 1000)
+    engine = Engine(student, TensorStore(tmp_path))
+    first = reference_logps(engine, items)
+    engine.logps = None                                              # a second computation would fail
+    assert reference_logps(engine, items) == first
+    move(student); engine = Engine(student, TensorStore(tmp_path))
+    assert reference_logps(engine, items) != first
+
+@pytest.mark.parametrize('config', [Qwen2Config, Gemma2Config, MistralConfig])
+@pytest.mark.parametrize('window', [None, 12])
+def test_families(config, window):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=1000, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    if window and config is not Qwen2Config: shape['sliding_window'] = window
+    if config is Gemma2Config and not window: shape['layer_types'] = ['full_attention']*3
+    if window and config is Qwen2Config: shape |= dict(use_sliding_window=True, sliding_window=window, max_window_layers=1)
+    model = AutoModelForCausalLM.from_config(config(**shape), attn_implementation='eager').eval()
+    student = add_lora(Student(model, load_student('tiny').tokenizer, config.__name__), StudentParams(lora_r=4, lora_layers=1), seed=1)
+    move(student)
+    items = bench_items(SHORT._replace(rejected=2), 1000)
+    lp = Engine(student).logps(items)
+    want = torch.cat([separate_logps(student, i) for i in items]).view(4, 3)
+    assert torch.allclose(lp.chosen, want[:, 0], rtol=1e-5) and torch.allclose(lp.rejected, want[:, 1:].flatten(), rtol=1e-5)
+
+def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
+    import mint_nb.engine as e
+    monkeypatch.setattr(e, 'masks_for', lambda *a, **k: None)         # as a model that makes a causal mask of its own would
+    with pytest.raises(InputError, match='does not honour'): Engine(bench_student(SHORT, 'tiny'))
+
+def test_trl_engine_says_what_it_cannot(tmp_path):
+    student, items = bench_student(SHORT, 'tiny'), bench_items(SHORT, 1000)
+    with pytest.raises(InputError, match='train.nll_on'): train(student, items, 'orpo', TrainParams(engine='trl'), tmp_path, 1)
+    with pytest.raises(InputError, match='train.engine'): train(student, items, 'kto', TrainParams(engine='trl'), tmp_path, 1)
+
+def test_two_processes_train_as_one(tmp_path):
+    "Four items an update, whether one process has them or two have half each."
+    code = textwrap.dedent('''
+        import os, sys, torch
+        from mint_nb.bench import *; from mint_nb.engine import Item, train; from mint_nb.core import TrainParams
+        s = Setting(prompt=30, answer=10, batch=8, layers=1)
+        items = [Item(i.case_id, i.prompt, [a[:8] for a in i.answers]) for i in bench_items(s, 1000)]   # answers of one length: means of halves are halves of means
+        student = bench_student(s, 'tiny')
+        train(student, items, 'orpo', TrainParams(batch=4, lr=1e-3, checkpoint_every=100), sys.argv[1], 2)
+        if int(os.environ.get('RANK', 0)) == 0: torch.save(torch.cat([p.detach().flatten() for p in student.model.parameters() if p.requires_grad]), sys.argv[1] + '.pt')
+    ''')
+    (tmp_path/'go.py').write_text(code)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MINT_QUIET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
+    for name, how in (('one', [sys.executable]), ('two', launch)):
+        done = subprocess.run([*how, str(tmp_path/'go.py'), str(tmp_path/name)], capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('one', 'two'))
+    same(two, one, 1e-4)

@@ -36,6 +36,10 @@ test: .make/env  ## every notebook from the top, then the tests in tests/
 docs: .make/env  ## execute the notebooks (cached), write README.md and the site in _docs/
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py
 
+.PHONY: bench
+bench: .make/env  ## time and memory against TRL, into benchmarks/ (about 15 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/mint-nb bench
+
 .PHONY: export
 export: .make/env  ## clear outputs, clean, and write mint_nb/*.py from the notebooks
 	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb

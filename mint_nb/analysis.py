@@ -121,7 +121,7 @@ def make_tables(run: Run, answers: dict, cases: list[Case]) -> dict[str, pd.Data
     tables = {k: named(run, t) for k, t in tables.items()}
     for name, t in tables.items(): write_table(run/f'analysis/{name}.parquet', t)
     note = f'{cohort_name(run, len(cases))} ({tables["table"].groups.max()} groups), per cent with 95 % intervals. Research use only.'
-    with atomic_path(run/'analysis/table.md') as tmp: tmp.write_text(results_markdown(results_wide(tables['table'], simulated=not run.params.cohort.source), note))
+    with atomic_path(run/'analysis/table.md') as tmp: tmp.write_text(results_markdown(results_wide(tables['table'], labels=False), note))
     return tables
 
 # %% ../nbs/59_analysis.ipynb #0015

@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_j
            'read_table', 'digest', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress',
            'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
            'AnalysisParams', 'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name',
-           'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
+           'native_bf16', 'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
@@ -200,13 +200,14 @@ class StudentParams(Section):
 
 class TrainParams(Section):
     "Alignment."
-    lr: float = 1e-3; beta: float = 1.0; epochs: float = 3; batch: int = 2
+    lr: float = 7e-4; beta: float = 0.5; epochs: float = 3; batch: int = 1
     dpo_lr: float = 2e-4; dpo_beta: float = 0.1
+    schedule: Literal['wsd', 'cosine'] = 'wsd'   # of the learning rate: constant with a fall over the last fifth, or a cosine
     warmup: float = 0.1; grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for
     nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'   # tokens and mean of the likelihood term, see 31_losses
     engine: Literal['mint', 'trl'] = 'mint'   # ours, or TRL's own trainers
-    checkpoint_every: int = 20      # updates between checkpoints
+    checkpoint_every: int = 100     # updates between checkpoints
     report_to: str = 'none'
 
 # %% ../nbs/00_core.ipynb #0033
@@ -333,6 +334,13 @@ def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else f'cpu ({os.cpu_count()} cores)'
+
+def native_bf16() -> bool:
+    "Whether this machine multiplies bfloat16 natively: GPUs of the last years, CPUs with AVX512-BF16 or AMX."
+    import torch
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported()
+    can = getattr(torch.cpu, 'get_capabilities', dict)()
+    return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
 # %% ../nbs/00_core.ipynb #0049
 def record(

@@ -394,9 +394,10 @@ def last_checkpoint(folder: Path | str) -> Optional[str]:
     return str(max(whole, key=lambda p: int(p.name.split('-')[1]))) if whole else None
 
 def trainer_settings(params: TrainParams, folder: Path | str, steps: int, lr: float, seed: int) -> dict:
-    "Settings of a `transformers` or TRL trainer: cosine schedule, checkpoints, the run's seed."
+    "Settings of a `transformers` or TRL trainer: schedule, checkpoints, the run's seed."
     gpu, processes = torch.cuda.is_available(), int(os.environ.get('WORLD_SIZE', 1))
-    return dict(output_dir=str(folder), per_device_train_batch_size=max(1, params.batch//processes), max_steps=steps, learning_rate=lr, lr_scheduler_type='cosine',
+    return dict(output_dir=str(folder), per_device_train_batch_size=max(1, params.batch//processes), max_steps=steps, learning_rate=lr,
+                **(dict(lr_scheduler_type='warmup_stable_decay', lr_scheduler_kwargs=dict(num_decay_steps=max(1, round(.2*steps)))) if params.schedule == 'wsd' else dict(lr_scheduler_type='cosine')),
                 warmup_steps=round(params.warmup*steps), max_grad_norm=params.grad_norm, weight_decay=0., logging_steps=1, logging_first_step=True,
                 save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False, use_cpu=not gpu, remove_unused_columns=False,
                 report_to=params.report_to, dataloader_pin_memory=False, dataloader_num_workers=0, gradient_checkpointing=False, disable_tqdm=bool(os.environ.get('MINT_QUIET')))

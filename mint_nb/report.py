@@ -50,7 +50,11 @@ LOOKS = {
     'sft': Look('SFT', '#e08a00', 'student'),
     'dpo': Look('DPO', '#c2407a', 'student'),
     'dpo_full': Look('DPO, published schedule', '#dd8fb2', 'student'),
+    'ipo': Look('IPO', '#9d5c9e', 'student'),
+    'kto': Look('KTO', '#b5668b', 'student'),
+    'simpo': Look('SimPO', '#0e8f9c', 'student'),
     'mint': Look('MINT', '#1259c3', 'student'),
+    'mint_list': Look('MINT, list-wise', '#3b4fb8', 'student'),
     'mint_note': Look('MINT, note-only teacher', '#5d8fdb', 'control'),
     'mint_shuffled': Look('MINT, shuffled rankings', '#9dbcec', 'control'),
     'sft_gold': Look('SFT on true answers', '#f0bf72', 'control'),
@@ -322,12 +326,13 @@ def results_wide(
     table: pd.DataFrame,   # method, seed, metric, value, lo, hi, n, groups
     metrics: Sequence[str] = COLUMNS,
     simulated: bool = False,
+    labels: bool = True,   # call methods by their labels; False: by their names
 ) -> pd.DataFrame:         # a row per method, cells as text
     "The results as a table to read: per cent with 95 % intervals."
     t = pooled(table).set_index(['method', 'metric'])
     cell = lambda m, x: interval_text(*t.loc[(m, x), ['value', 'lo', 'hi']]) if (m, x) in t.index else ''
     rows = in_order(table.method)
-    return pd.DataFrame([[look(m, simulated).label] + [cell(m, x) for x in metrics] for m in rows], columns=['method', *metrics])
+    return pd.DataFrame([[look(m, simulated).label if labels else m] + [cell(m, x) for x in metrics] for m in rows], columns=['method', *metrics])
 
 # %% ../nbs/50_report.ipynb #0054
 def results_markdown(

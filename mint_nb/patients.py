@@ -502,7 +502,8 @@ def parse_phenopacket(
     terms = [(type_id(f), bool(f.get('excluded'))) for f in _listed(obj, 'phenotypicFeatures')]
     if not terms: raise InputError('has no phenotypes', **place, field='phenotypicFeatures')
     found, problems = read_findings(terms, ontology, place, strict)
-    if all(f.excluded for f in found): raise InputError('has no usable phenotype that is present', **place, field='phenotypicFeatures')
+    if all(f.excluded for f in found):
+        raise InputError('has no usable phenotype that is present' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypicFeatures')
     try: age = age_in_years(subject.get('timeAtLastEncounter'))
     except InputError as e:
         if strict: raise InputError(e.problem, **place, field=e.field, hint=e.hint) from e

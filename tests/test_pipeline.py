@@ -6,7 +6,7 @@ import nbformat, pandas as pd, psutil, pytest, yaml
 
 from conftest import ROOT, SMOKE_METHODS
 from mint_nb.core import Run, open_params, read_table
-from mint_nb.pipeline import ALIGNED, NotebookFailed, plan, run_notebook, run_pipeline, status, step_state
+from mint_nb.pipeline import ALIGNED, NotebookFailed, Step, plan, run_group, run_notebook, run_pipeline, status, step_state
 
 BIN = Path(sys.executable).parent
 METRICS = ['top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car']
@@ -151,3 +151,13 @@ def test_ctrl_c_is_clean(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and 'the same command goes on from here' in out and 'Traceback' not in out, out
     assert not psutil.wait_procs(kernels, timeout=10)[1], 'a kernel was left behind'
+
+
+def test_a_failure_in_a_group_stops_the_rest_and_keeps_what_runs():
+    log = []
+    def work(step):
+        if step.stage == 'b': raise NotebookFailed(Path('copy'), 'ValueError', 'broken')
+        time.sleep(.3); log.append(step.stage)
+    steps = [Step('39_align', s) for s in 'abcd'] + [Step('49_predict', 'e', needs='b')]
+    with pytest.raises(NotebookFailed, match='broken'): run_group(steps, 2, work, lambda s, _: None)
+    assert log == ['a']

@@ -201,7 +201,7 @@ class StudentParams(Section):
 class TrainParams(Section):
     "Alignment."
     lr: float = 7e-4; beta: float = 0.5; epochs: float = 3; batch: int = 1
-    dpo_lr: float = 2e-4; dpo_beta: float = 0.1
+    dpo_lr: float = 2e-5; dpo_beta: float = 0.1   # at 5e-5 and above the small student loses the format of a list
     schedule: Literal['wsd', 'cosine'] = 'wsd'   # of the learning rate: constant with a fall over the last fifth, or a cosine
     warmup: float = 0.1; grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for

@@ -74,7 +74,7 @@ SPEEDS = dict(   # measured on two cores, weights in float32
     teacher=.0012,       # s per case, epoch and network at hidden 128, 2 layers, 17 patches
     face=.0007,          # s per drawing and epoch while the encoder learns to see faces
     train=500.,          # tokens/s, SmolLM2-135M with adapters in the top 8 layers
-    write=250.,          # tokens/s, greedy decoding in batches of 32
+    write=120.,          # tokens/s, greedy decoding in batches of 32, loading the model included
     half=1.9,            # times faster, where the processor multiplies bfloat16 natively
     tiny=4.)             # times faster, at least, is the tiny random student
 LEARNS = {'sft': .7, 'dpo_full': 1.9, 'dpo': 1., 'ipo': 1., 'kto': 1.3}   # share of work relative to one pass over chosen and rejected lists
@@ -113,7 +113,7 @@ def elapsed(params: Params, steps: Sequence[Step], workers: int = 1) -> float:  
     "Time until some steps are done when trainings and predictions run side by side."
     seconds = estimate(params, steps).seconds
     shared = [s.notebook in SIDE_BY_SIDE for s in steps]
-    return sum(t/(1 + .75*(workers - 1)) if together else t for t, together in zip(seconds, shared))    # two at a time take 1.14 times as long each
+    return sum(t/(1 + .6*(workers - 1)) if together else t for t, together in zip(seconds, shared))    # two at a time take 1.25 times as long each
 
 # %% ../nbs/60_pipeline.ipynb #0021
 def minutes(seconds: float) -> str:

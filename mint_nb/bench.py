@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'Setting', 'bench_items', 'bench_student', 'SeparateRows', 'stepper', 'gradient', 'differences', 'work',
-           'take_turns', 'compare', 'peak_memory', 'bench', 'processor', 'bench_table', 'committed', 'bench_figure']
+           'take_turns', 'compare', 'high_water', 'peak_memory', 'bench', 'processor', 'bench_table', 'committed',
+           'bench_figure']
 
 # %% ../nbs/36_bench.ipynb #0003
 import json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -134,19 +135,25 @@ def compare(s: Setting, ways: Sequence[str], model: str, repeats: int, folder: s
     return out
 
 # %% ../nbs/36_bench.ipynb #0020
+def high_water() -> float:   # MB
+    "Largest memory of this process so far. (`ru_maxrss` would count the parent's from before `exec`.)"
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
+    status = Path('/proc/self/status')
+    lines = [l for l in status.read_text().splitlines() if l.startswith('VmHWM')] if status.exists() else []
+    return int(lines[0].split()[1])/1024 if lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
 def peak_memory(way: str, model: str, s: Setting = Setting()) -> float:   # MB
     "Peak of a fresh process that takes two steps."
-    code = ('import json, resource, sys, tempfile, torch; from mint_nb.bench import *\n'
+    code = ('import json, sys, tempfile; from mint_nb.bench import *\n'
             'way, model, s = json.loads(sys.argv[1]); s = Setting(*s); student = bench_student(s, model)\n'
             'with tempfile.TemporaryDirectory() as d:\n'
             '    step = stepper(student, bench_items(s, student.model.config.vocab_size), way, d); step(); step()\n'
-            'gpu = torch.cuda.is_available()\n'
-            'print("PEAK", torch.cuda.max_memory_allocated()/2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)')
+            'print("PEAK", high_water())')
     done = subprocess.run([sys.executable, '-c', code, json.dumps([way, model, s])], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-500:])
     return float(done.stdout.split('PEAK')[1])
 
-# %% ../nbs/36_bench.ipynb #0021
+# %% ../nbs/36_bench.ipynb #0022
 def bench(
     out: Path | str = 'benchmarks',   # folder for the JSON file
     model: str = '',                  # default: smollm2 on a CPU, llama-3b on a GPU
@@ -179,7 +186,7 @@ def processor() -> str:
     lines = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
     return f'{lines[0]}, {torch.get_num_threads()} threads' if lines else ''
 
-# %% ../nbs/36_bench.ipynb #0023
+# %% ../nbs/36_bench.ipynb #0024
 def bench_table(
     found: Optional[dict],   # content of cpu.json or gpu.json; None: not measured
 ) -> pd.DataFrame:
@@ -202,7 +209,7 @@ def committed(name: str) -> Optional[dict]:
         if (folder/name).exists(): return read_json(folder/name)
     return None
 
-# %% ../nbs/36_bench.ipynb #0028
+# %% ../nbs/36_bench.ipynb #0029
 def bench_figure(found: dict) -> Any:
     "Time of a step as a share of TRL's, by way."
     import matplotlib.pyplot as plt

@@ -103,7 +103,7 @@ def results_csv(
     spent = sum(e['seconds'] for e in run.manifest if e['status'] == 'done')
     first = run.manifest[0]
     lines = [f'{t.cohort.iloc[0]} cohort, profile {run.params.profile}, seeds {", ".join(map(str, run.params.seeds))}, {t.n.max():.0f} test cases; 95 % intervals by group.',
-             f'{minutes(spent)} on {first["device"]}; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()) + '.']
+             f'Stages took {minutes(spent)} in all, some side by side, on {first["device"]}; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()) + '.']
     order = {m: i for i, m in enumerate(run.params.methods)}
     t = t.assign(o=t.method.map(order), p=t.metric.map(MAIN.index)).sort_values(['o', 'seed', 'p'])
     return '\n'.join(f'# {l}' for l in lines) + '\n' + t[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n']].round(4).to_csv(index=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'Setting', 'bench_items', 'bench_student', 'SeparateRows', 'stepper', 'gradient', 'differences', 'work',
            'take_turns', 'compare', 'high_water', 'peak_memory', 'bench', 'processor', 'bench_table', 'committed',
-           'bench_figure']
+           'detail_table', 'bench_figure']
 
 # %% ../nbs/36_bench.ipynb #0003
 import json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -209,7 +209,14 @@ def committed(name: str) -> Optional[dict]:
         if (folder/name).exists(): return read_json(folder/name)
     return None
 
-# %% ../nbs/36_bench.ipynb #0029
+# %% ../nbs/36_bench.ipynb #0027
+def detail_table(found: dict) -> pd.DataFrame:
+    "Seconds of a TRL step and ratios, by setting."
+    parts = [found['ladder'], *found['rejected'].values(), *found['lengths']]
+    return pd.DataFrame([{**{k: v for k, v in p['setting'].items() if k in ('prompt', 'answer', 'rejected')}, 'TRL, s': p['seconds']['TRL'],
+                          'same loss': p['shared prompt']['ratio'], 'bound': p['shared prompt']['bound'], 'answer only': p['response']['ratio']} for p in parts])
+
+# %% ../nbs/36_bench.ipynb #0032
 def bench_figure(found: dict) -> Any:
     "Time of a step as a share of TRL's, by way."
     import matplotlib.pyplot as plt

@@ -111,4 +111,4 @@ def diagnose(
     say = lambda name, v: f'{name:9s} {np.mean(v):5.0f} tokens on average, {min(v)} to {max(v)}'
     return [f'{len(rows)} pairs of {len(items)} cases', say('prompt', prompts), say('chosen', chosen), say('rejected', rejected), 'tokens of an item (prompt and answers):',
             *histogram([len(i) for i in items]), trimming(prompts, sp.max_prompt), *special_tokens(student, items),
-            f'training {tp.epochs:g} epochs: roughly {seconds/60:.0f} min and {memory/1024:.1f} GB on {student.device} in {str(next(student.model.parameters()).dtype).removeprefix("torch.")}'], problems
+            f'training {tp.epochs:g} epochs: roughly {f"{seconds:.0f} s" if seconds < 90 else f"{seconds/60:.0f} min"} and {memory/1024:.1f} GB on {student.device} in {str(next(student.model.parameters()).dtype).removeprefix("torch.")}'], problems

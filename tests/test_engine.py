@@ -175,12 +175,13 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_benchmark_writes_what_the_table_reads(tmp_path):
-    from mint_nb.bench import bench, bench_figure, bench_table
+    from mint_nb.bench import bench, bench_figure, bench_table, detail_table
     from mint_nb.core import read_json
     found = read_json(bench(tmp_path, 'tiny', 1, Setting(prompt=24, answer=8, batch=2)))
     assert found['loss_diff'] < 1e-5 and found['grad_diff'] < 1e-5 and found['repeats'] == 1 and found['device'].startswith('cpu')
     assert {'speed_ratio', 'speed_ratio_response', 'memory_ratio', 'speed_ratio_4_rejected', 'speed_ratio_cached', 'versions'} <= set(found)
     assert len(bench_table(found)) == len(bench_table(None)) == 7 and 'not yet measured' in bench_table(None).to_string()
+    assert len(detail_table(found)) == 6
     bench_figure(found)
 
 def test_doctor_reads_a_dataset_from_disk(smoke_run):
@@ -189,3 +190,12 @@ def test_doctor_reads_a_dataset_from_disk(smoke_run):
     out = CliRunner().invoke(app, ['doctor', str(smoke_run/'preferences/mint-0/train.parquet'), '--model', 'tiny', '--max-prompt', '80'])
     assert out.exit_code == 0, out.output
     for said in ('tokens of an item', 'their notes lose', 'padding <|endoftext|>', 'chat template', 'answers first differ', 'roughly', '0 errors'): assert said in out.output, said
+
+@pytest.mark.parametrize('method', ['dpo', 'mint'])
+def test_trl_trains_a_method_of_a_run(tmp_path, method):
+    from mint_nb.align import align, load_aligned
+    from mint_nb.core import open_run
+    run = open_run(tmp_path/'run', 'smoke', {'train.engine': 'trl', 'train.nll_on': 'trl'})
+    assert align(run, method)['status'] == 'done'
+    assert sorted(p.name for p in (run/f'align/{method}-0/adapter').iterdir() if p.suffix != '.md') == ['adapter_config.json', 'adapter_model.safetensors']
+    load_aligned(run, method)

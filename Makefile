@@ -37,7 +37,7 @@ docs: .make/env  ## execute the notebooks (cached), write README.md and the site
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py
 
 .PHONY: bench
-bench: .make/env  ## time and memory against TRL, into benchmarks/ (about 15 minutes)
+bench: .make/env  ## time and memory against TRL, into benchmarks/ (about 20 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb bench
 
 .PHONY: export

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'Setting', 'bench_items', 'bench_student', 'SeparateRows', 'stepper', 'gradient', 'differences', 'work',
-           'take_turns', 'compare', 'high_water', 'peak_memory', 'bench', 'processor', 'bench_table', 'committed',
-           'detail_table', 'bench_figure']
+           'take_turns', 'compare', 'high_water', 'peak_memory', 'measure_speed', 'bench', 'processor', 'bench_table',
+           'committed', 'detail_table', 'bench_figure']
 
 # %% ../nbs/36_bench.ipynb #0003
 import json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -62,6 +62,7 @@ class SeparateRows(Engine):
         return Logps(cat('chosen', first), cat('chosen', rest), cat('chosen_len', first), cat('chosen_len', rest), owner,
                      *((cat('prompt', first), cat('prompt_len', first)) if prompt else ()))
 
+# %% ../nbs/36_bench.ipynb #0010
 WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared prompt': dict(budget=1), 'packed': dict(budget=10**6),
         'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True)}
 
@@ -86,7 +87,7 @@ def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> C
         return loss
     return step
 
-# %% ../nbs/36_bench.ipynb #0011
+# %% ../nbs/36_bench.ipynb #0012
 def gradient(student: Student) -> torch.Tensor:
     "All gradients as one vector."
     return torch.cat([p.grad.flatten().float() for p in student.model.parameters() if p.grad is not None])
@@ -102,7 +103,7 @@ def differences(s: Setting, model: str, folder: str, ways: Sequence[str] = ('nee
         out[w] = abs(loss/want[0] - 1), ((gradient(student) - want[1]).norm()/want[1].norm()).item()
     return out
 
-# %% ../nbs/36_bench.ipynb #0014
+# %% ../nbs/36_bench.ipynb #0015
 def work(student: Student, s: Setting, items: Sequence[Item], way: str) -> float:
     "Multiplications of a step, in 10^9."
     pairs = [(len(i.prompt), len(i.answers[0]), len(a)) for i in items for a in i.answers[1:]]
@@ -111,7 +112,7 @@ def work(student: Student, s: Setting, items: Sequence[Item], way: str) -> float
     else: tokens, read = sum(map(len, items)), sum(len(i) - len(i.prompt)*(way in ('response', 'cached')) for i in items)
     return count_work(student, tokens, read, s.layers, cached=way == 'cached').top
 
-# %% ../nbs/36_bench.ipynb #0017
+# %% ../nbs/36_bench.ipynb #0018
 def take_turns(steps: dict[str, Callable[[], Any]], repeats: int, desc: str) -> pd.DataFrame:   # seconds, a row for each turn
     "Time functions in turns, after one step each to warm up."
     for f in steps.values(): f()
@@ -134,7 +135,7 @@ def compare(s: Setting, ways: Sequence[str], model: str, repeats: int, folder: s
         out[w] = dict(ratio=round(ratio.median(), 2), low=round(ratio.min(), 2), high=round(ratio.max(), 2), bound=round(all_work/work(student, s, items, w), 2))
     return out
 
-# %% ../nbs/36_bench.ipynb #0020
+# %% ../nbs/36_bench.ipynb #0021
 def high_water() -> float:   # MB
     "Largest memory of this process so far. (`ru_maxrss` would count the parent's from before `exec`.)"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
@@ -153,7 +154,20 @@ def peak_memory(way: str, model: str, s: Setting = Setting()) -> float:   # MB
     if done.returncode: raise RuntimeError(done.stderr[-500:])
     return float(done.stdout.split('PEAK')[1])
 
-# %% ../nbs/36_bench.ipynb #0022
+# %% ../nbs/36_bench.ipynb #0023
+def measure_speed(model: str, repeats: int, base: Setting, folder: str) -> dict:
+    "Differences to TRL, the ladder, the cached depth, several rejected answers, other lengths."
+    depth = max(1, 8*bench_student(base, model).model.config.num_hidden_layers//30)
+    both = ('shared prompt', 'response')
+    off = differences(base, model, folder)
+    return dict(loss_diff=max(v[0] for v in off.values()), grad_diff=max(v[1] for v in off.values()),
+                ladder=compare(base, ('needed logits', 'shared prompt', 'packed', 'response'), model, repeats, folder),
+                cached=compare(base._replace(layers=depth), ('response', 'cached'), model, repeats, folder),
+                rejected={str(n): compare(base._replace(rejected=n), both, model, repeats if n == 4 else min(2, repeats), folder) for n in (2, 4)},
+                lengths=[compare(base._replace(prompt=p, answer=a), both, model, min(2, repeats), folder)
+                         for p, a in ((base.prompt//2, base.answer//2), (2*base.prompt, base.answer//2), (base.prompt//2, 2*base.answer))])
+
+# %% ../nbs/36_bench.ipynb #0024
 def bench(
     out: Path | str = 'benchmarks',   # folder for the JSON file
     model: str = '',                  # default: smollm2 on a CPU, llama-3b on a GPU
@@ -163,22 +177,15 @@ def bench(
     "Measure everything and write it down."
     gpu = torch.cuda.is_available()
     model, f = model or ('llama-3b' if gpu else 'smollm2'), Path(out)/('gpu.json' if gpu else 'cpu.json')
-    with tempfile.TemporaryDirectory() as d:
-        off = differences(base, model, d)
-        ladder = compare(base, ('needed logits', 'shared prompt', 'packed', 'response'), model, repeats, d)
-        depth = max(1, 8*bench_student(base, model).model.config.num_hidden_layers//30)
-        cached = compare(base._replace(layers=depth), ('response', 'cached'), model, repeats, d)
-        several = {n: compare(base._replace(rejected=n), ('shared prompt', 'response'), model, max(2, repeats) if n == 4 else 2, d) for n in (2, 4)}
-        lengths = [compare(base._replace(prompt=p, answer=a), ('shared prompt', 'response'), model, 2, d)
-                   for p, a in ((base.prompt//2, base.answer//2), (2*base.prompt, base.answer//2), (base.prompt//2, 2*base.answer))]
-    memory = {w: round(peak_memory(w, model, base)) for w in ('TRL', 'shared prompt', 'response')}
-    gold = 'shared prompt'
+    with tempfile.TemporaryDirectory() as d: found = measure_speed(model, repeats, base, d)
+    memory, same = {w: round(peak_memory(w, model, base)) for w in ('TRL', 'shared prompt', 'response')}, 'shared prompt'
     return write_json(f, dict(
-        speed_ratio=ladder[gold]['ratio'], speed_ratio_response=ladder['response']['ratio'], memory_ratio=round(memory[gold]/memory['TRL'], 2),
-        memory_ratio_response=round(memory['response']/memory['TRL'], 2), speed_ratio_4_rejected=several[4]['response']['ratio'], speed_ratio_cached=cached['cached']['ratio'],
-        loss_diff=max(v[0] for v in off.values()), grad_diff=max(v[1] for v in off.values()), repeats=repeats, model=model, device=device_name(), processor=processor(),
-        versions=versions(), date=time.strftime('%Y-%m-%d'), memory_mb=memory, ladder=ladder, cached=cached, rejected={str(k): v for k, v in several.items()}, lengths=lengths))
+        speed_ratio=found['ladder'][same]['ratio'], speed_ratio_response=found['ladder']['response']['ratio'], memory_ratio=round(memory[same]/memory['TRL'], 2),
+        memory_ratio_response=round(memory['response']/memory['TRL'], 2), speed_ratio_4_rejected=found['rejected']['4']['response']['ratio'],
+        speed_ratio_cached=found['cached']['cached']['ratio'], repeats=repeats, model=model, device=device_name(), processor=processor(),
+        versions=versions(), date=time.strftime('%Y-%m-%d'), memory_mb=memory, **found))
 
+# %% ../nbs/36_bench.ipynb #0025
 def processor() -> str:
     "Name of the processor, as the system gives it."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
@@ -186,7 +193,7 @@ def processor() -> str:
     lines = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
     return f'{lines[0]}, {torch.get_num_threads()} threads' if lines else ''
 
-# %% ../nbs/36_bench.ipynb #0024
+# %% ../nbs/36_bench.ipynb #0027
 def bench_table(
     found: Optional[dict],   # content of cpu.json or gpu.json; None: not measured
 ) -> pd.DataFrame:
@@ -209,14 +216,14 @@ def committed(name: str) -> Optional[dict]:
         if (folder/name).exists(): return read_json(folder/name)
     return None
 
-# %% ../nbs/36_bench.ipynb #0027
+# %% ../nbs/36_bench.ipynb #0030
 def detail_table(found: dict) -> pd.DataFrame:
     "Seconds of a TRL step and ratios, by setting."
     parts = [found['ladder'], *found['rejected'].values(), *found['lengths']]
     return pd.DataFrame([{**{k: v for k, v in p['setting'].items() if k in ('prompt', 'answer', 'rejected')}, 'TRL, s': p['seconds']['TRL'],
                           'same loss': p['shared prompt']['ratio'], 'bound': p['shared prompt']['bound'], 'answer only': p['response']['ratio']} for p in parts])
 
-# %% ../nbs/36_bench.ipynb #0032
+# %% ../nbs/36_bench.ipynb #0035
 def bench_figure(found: dict) -> Any:
     "Time of a step as a share of TRL's, by way."
     import matplotlib.pyplot as plt

@@ -231,7 +231,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help='turns in which the ways are run')] = 5,
     model: Annotated[str, typer.Option(help='default: smollm2 on a CPU, llama-3b (random weights, its shapes) on a GPU')] = '',
 ):
-    "Measure the engine against TRL on this machine, about 15 minutes on two cores."
+    "Measure the engine against TRL on this machine, about 20 minutes on two cores."
     from mint_nb.bench import bench as measure, bench_table
     file = measure(out, model, repeats)
     typer.echo(f'{bench_table(read_json(file)).to_string()}\n\n{file}')

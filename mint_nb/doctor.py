@@ -71,6 +71,7 @@ def count_work(student: Student, tokens: int, read: int, layers: int = 0, cached
     below = w['frozen']*(1 - top)*tokens
     return Work((every + (0 if cached else below))/1e9, below/1e9 if cached else 0.)
 
+# %% ../nbs/35_doctor.ipynb #0016
 def multiply_rate(dtype: torch.dtype, device: Any = 'cpu', seconds: float = .1) -> float:
     "Multiplications a second, in 10^9, of a matrix product the size of a layer's."
     a, b, n = torch.randn(256, 1024, dtype=dtype, device=device), torch.randn(1024, 2048, dtype=dtype, device=device), 0
@@ -82,7 +83,7 @@ def multiply_rate(dtype: torch.dtype, device: Any = 'cpu', seconds: float = .1) 
         sync(); n += 4
     return n*a.shape[0]*b.numel()/(time.perf_counter() - start)/1e9
 
-# %% ../nbs/35_doctor.ipynb #0018
+# %% ../nbs/35_doctor.ipynb #0019
 def estimate_training(student: Student, items: Sequence[Item], sp: StudentParams, tp: TrainParams) -> tuple[float, float]:
     "Seconds and MB, roughly."
     config, w = student.model.config.get_text_config(), sizes(student)
@@ -94,7 +95,7 @@ def estimate_training(student: Student, items: Sequence[Item], sp: StudentParams
     kept = longest*layers*(14*config.hidden_size + 5*config.intermediate_size)*4
     return seconds, (sum(p.numel()*p.element_size() for p in student.model.parameters()) + 12*w['adapter'] + kept + 128*config.vocab_size*8)/2**20 + 600
 
-# %% ../nbs/35_doctor.ipynb #0020
+# %% ../nbs/35_doctor.ipynb #0021
 def diagnose(
     rows: Sequence[dict],      # preference rows
     student: Student,          # with or without adapter

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Item', 'Row', 'lay_out', 'sees', 'dense_mask', 'block_mask', 'filled', 'masks_for', 'token_logps', 'parts_of',
-           'first_trainable', 'split_backbone', 'TensorStore', 'Engine', 'separate_logps', 'rows_of', 'totals',
-           'adapter_digest', 'reference_logps', 'mismatched', 'PreferenceTrainer', 'last_checkpoint',
+           'first_trainable', 'split_backbone', 'TensorStore', 'Engine', 'weights_key', 'separate_logps', 'rows_of',
+           'totals', 'adapter_digest', 'reference_logps', 'mismatched', 'PreferenceTrainer', 'last_checkpoint',
            'trainer_settings', 'Bar', 'trl_rows', 'trl_trainer', 'train', 'StopAt']
 
 # %% ../nbs/32_engine.ipynb #0003
 import copy, os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
@@ -209,29 +208,21 @@ class Engine:
         self.backbone, self.head = parts_of(student.model)
         self.config, self.device = self.backbone.config, self.head.weight.device
         self.cap, self.budget = getattr(self.config, 'final_logit_softcapping', None), budget or (16384 if self.device.type == 'cuda' else 512)
-        self.half = self.head.weight.dtype == torch.bfloat16      # then the float32 adapter multiplies in bfloat16 too
-        self.flex = self.device.type == 'cuda'
+        self.half, self.flex = self.head.weight.dtype == torch.bfloat16, self.device.type == 'cuda'    # half: the float32 adapter multiplies in bfloat16 too
         self.multiple = multiple or (512 if self.flex else 1)
         self.depth = first_trainable(self.backbone)
         self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
-        try:
-            self._base().set_attn_implementation('flex_attention' if self.flex else 'sdpa')
-            self.check()
-        except InputError: raise
-        except Exception as e:
-            raise InputError(f'cannot be run with a mask and positions of ours ({type(e).__name__}: {e})', field='student.model', record=self.config.model_type,
-                             hint='train this model with train.engine=trl') from e
+        self.key = weights_key(self) if self.lower is not None else ''
+        self.adopt()
 
-    def _base(self): return self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
     def _autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    @cached_property
-    def key(self) -> str:
-        "What the frozen depth depends on besides the tokens."
-        some = [(n, str(p.dtype), list(p.shape), p.detach().flatten()[:32].float().tolist()) for n, p in self.lower.named_parameters()]
-        return digest([self.student.name, self.depth, some])
-
 # %% ../nbs/32_engine.ipynb #0031
+def weights_key(engine: Engine) -> str:
+    "What the frozen depth depends on besides the tokens."
+    some = [(n, str(p.dtype), list(p.shape), p.detach().flatten()[:32].float().tolist()) for n, p in engine.lower.named_parameters()]
+    return digest([engine.student.name, engine.depth, some])
+
 @patch
 def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
     "Hidden states of an item below the first trainable layer; each answer is run alone behind its prompt, so its states do not depend on the others."
@@ -249,6 +240,7 @@ def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
                 memory.crop(-len(a)); found[i] = self.store.put(keys[i], out)
     return torch.cat([f.to(self.head.weight) for f in found])
 
+# %% ../nbs/32_engine.ipynb #0032
 @patch
 def states(self: Engine, items: Sequence[Item], row: Row) -> Tensor:   # (L, H)
     "Final hidden states of items in one row."
@@ -258,7 +250,7 @@ def states(self: Engine, items: Sequence[Item], row: Row) -> Tensor:   # (L, H)
         masks = masks_for(self.upper.config, row, block_mask if self.flex else dense_mask)
         return self.upper(**first, position_ids=row.position[None], attention_mask=masks, use_cache=False).last_hidden_state[0, :n]
 
-# %% ../nbs/32_engine.ipynb #0032
+# %% ../nbs/32_engine.ipynb #0033
 @patch
 def logps(self: Engine,
     items: Sequence[Item] | Item,   # go into one row
@@ -276,7 +268,7 @@ def logps(self: Engine,
     owner = torch.arange(len(items), device=self.device).repeat_interleave(torch.tensor([len(i.answers) - 1 for i in items], device=self.device))
     return Logps(sums[chosen], sums[rejected], row.length[chosen], row.length[rejected], owner, *((sums[row.first], row.length[row.first]) if prompt else ()))
 
-# %% ../nbs/32_engine.ipynb #0034
+# %% ../nbs/32_engine.ipynb #0035
 def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
     "Sums of an item's answers from one ordinary row each, the slow way."
     out = []
@@ -286,6 +278,19 @@ def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
         out.append(lp[len(item.prompt) - 1:].sum())
     return torch.stack(out)
 
+@patch
+def adopt(self: Engine) -> None:
+    "Give the model the attention that takes our masks, and look whether it honours them."
+    base = self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
+    try:
+        base.set_attn_implementation('flex_attention' if self.flex else 'sdpa')
+        self.check()
+    except InputError: raise
+    except Exception as e:
+        raise InputError(f'cannot be run with a mask and positions of ours ({type(e).__name__}: {e})', field='student.model', record=self.config.model_type,
+                         hint='train this model with train.engine=trl') from e
+
+# %% ../nbs/32_engine.ipynb #0036
 @patch
 def check(self: Engine) -> None:
     "Refuse a model for which answers in one row are not what they are in rows of their own."
@@ -301,7 +306,7 @@ def check(self: Engine) -> None:
         raise InputError(f'does not honour the mask and positions it is given: log-probabilities are off by {off:.1%}', field='student.model',
                          record=self.config.model_type, hint='train this model with train.engine=trl')
 
-# %% ../nbs/32_engine.ipynb #0047
+# %% ../nbs/32_engine.ipynb #0049
 def rows_of(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     "Items in order, as many in a row as fit the budget of tokens, and at least one."
     row, used = [], 0
@@ -315,7 +320,7 @@ def totals(items: Sequence[Item]) -> Total:
     chosen = sum(len(i.answers[0]) for i in items)
     return Total(len(items), sum(len(i.answers) - 1 for i in items), chosen, chosen + sum(len(i.prompt) - 1 for i in items))
 
-# %% ../nbs/32_engine.ipynb #0050
+# %% ../nbs/32_engine.ipynb #0052
 def adapter_digest(model: Any) -> str:
     "Digest of all trainable weights."
     import hashlib
@@ -340,7 +345,7 @@ def mismatched(items: Sequence[Item]) -> list[Item]:
     "Each prompt with the answers of the next item, for KTO's zero point."
     return [Item(a.case_id, a.prompt, b.answers) for a, b in zip(items, [*items[1:], *items[:1]])]
 
-# %% ../nbs/32_engine.ipynb #0053
+# %% ../nbs/32_engine.ipynb #0055
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
     def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
@@ -369,7 +374,7 @@ class PreferenceTrainer(Trainer):
         now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
         return max(0., (now - sum(sum(self.other_reference[i.case_id]) for i in some))/sum(len(i.answers) for i in some))
 
-# %% ../nbs/32_engine.ipynb #0054
+# %% ../nbs/32_engine.ipynb #0056
 @patch
 def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "Forward and backward for one batch, row by row."
@@ -396,7 +401,7 @@ def log(self: PreferenceTrainer, logs, *a, **kw):
         self.seen, self.updates = {}, 0
     Trainer.log(self, logs, *a, **kw)
 
-# %% ../nbs/32_engine.ipynb #0056
+# %% ../nbs/32_engine.ipynb #0058
 def last_checkpoint(folder: Path | str) -> Optional[str]:
     "The newest complete checkpoint below a folder, or None."
     whole = [p.parent for p in Path(folder).glob('checkpoint-*/trainer_state.json') if p.stat().st_size > 2]
@@ -411,7 +416,7 @@ def trainer_settings(params: TrainParams, folder: Path | str, steps: int, lr: fl
                 save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False, use_cpu=not gpu, remove_unused_columns=False,
                 report_to=params.report_to, dataloader_pin_memory=False, dataloader_num_workers=0, gradient_checkpointing=False, disable_tqdm=bool(os.environ.get('MINT_QUIET')))
 
-# %% ../nbs/32_engine.ipynb #0058
+# %% ../nbs/32_engine.ipynb #0060
 class Bar(TrainerCallback):
     "A progress bar over the updates, with the current loss."
     def __init__(self, desc: str): self.desc = desc
@@ -423,7 +428,7 @@ class Bar(TrainerCallback):
         if 'loss' in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
     def on_train_end(self, *a, **kw): self.bar.close()
 
-# %% ../nbs/32_engine.ipynb #0060
+# %% ../nbs/32_engine.ipynb #0062
 def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     "Items as the rows that a TRL trainer makes of its dataset, a row for each pair."
     rows = []
@@ -451,7 +456,7 @@ def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: Trai
     trainer.train_dataset = Dataset.from_list(trl_rows(items, loss))
     return trainer
 
-# %% ../nbs/32_engine.ipynb #0061
+# %% ../nbs/32_engine.ipynb #0063
 def train(
     student: Student,             # with an adapter
     items: Sequence[Item],
@@ -475,7 +480,7 @@ def train(
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/32_engine.ipynb #0067
+# %% ../nbs/32_engine.ipynb #0069
 class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'ALIGNED', 'SPEEDS', 'LEARNS', 'SIDE_BY_SIDE', 'nbs_folder', 'Step', 'students', 'plan', 'work_seconds',
            'estimate', 'elapsed', 'minutes', 'NotebookFailed', 'BarsOnly', 'run_notebook', 'prepare_run', 'run_step',
-           'check_methods', 'worker_count', 'threads', 'run_group', 'run_pipeline', 'step_state', 'status']
+           'check_methods', 'worker_count', 'threads', 'run_group', 'run_steps', 'run_pipeline', 'step_state', 'status']
 
 # %% ../nbs/60_pipeline.ipynb #0003
 import importlib.util, os, sys, tempfile
@@ -248,6 +248,7 @@ def threads(n: int):
         if before is None: os.environ.pop('OMP_NUM_THREADS', None)
         else: os.environ['OMP_NUM_THREADS'] = before
 
+# %% ../nbs/60_pipeline.ipynb #0045
 def run_group(
     steps: Sequence[Step],                # any order
     workers: int,                         # at the same time
@@ -270,7 +271,15 @@ def run_group(
             for child in psutil.Process().children(recursive=True): child.terminate()     # the kernels; their threads end with them
             raise
 
-# %% ../nbs/60_pipeline.ipynb #0046
+# %% ../nbs/60_pipeline.ipynb #0047
+def run_steps(run: Run, steps: Sequence[Step], workers: int, quiet: bool, tell: Callable[[Step, dict], None]) -> None:
+    "Execute steps, side by side if there are several workers."
+    if workers == 1:
+        for s in steps: tell(s, run_step(run, s, quiet))
+    else:
+        with threads(max(1, (os.cpu_count() or 1)//workers)): run_group(steps, workers, lambda s: run_step(run, s, True), tell)
+
+# %% ../nbs/60_pipeline.ipynb #0048
 def run_pipeline(
     out: Path | str,                    # run folder
     profile: str = 'laptop',            # recipe
@@ -287,21 +296,17 @@ def run_pipeline(
     if todo: check_methods(run.params)
     workers, count = worker_count(run.params, workers), iter(range(1, len(steps) + 1))
     say(f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, about {minutes(elapsed(run.params, todo, workers))}')
-    bar = (lambda text: None) if quiet else lambda text: BarsOnly().write(f'\r\033[K{text}')
+    bar = lambda text: quiet or BarsOnly().write(f'\r\033[K{text}')
     def tell(step, entry, before=False):
         bar('')
         say(f'[{next(count):2}/{len(steps)}] {step.name:32}' + (' done before' if before else f' {minutes(entry["seconds"])}, peak {entry["peak_mb"]/1024:.1f} GB'))
     for together, group in groupby(steps, lambda s: s.notebook in SIDE_BY_SIDE and workers > 1):
-        left = []
-        for s in group: tell(s, None, True) if s not in todo else left.append(s)
+        left = [s for s in group if s in todo or tell(s, None, True)]
         if left: bar(f'{", ".join(s.name for s in left[:4])} ... about {minutes(elapsed(run.params, left, workers))} ...')
-        if together:
-            with threads(max(1, (os.cpu_count() or 1)//workers)): run_group(left, workers, lambda s: run_step(run, s, True), tell)
-        else:
-            for s in left: tell(s, run_step(run, s, quiet))
+        run_steps(run, left, workers if together else 1, quiet, tell)
     return run
 
-# %% ../nbs/60_pipeline.ipynb #0050
+# %% ../nbs/60_pipeline.ipynb #0052
 def step_state(
     run: Run,          # the run folder
     step: Step,        # one notebook of its plan
@@ -311,7 +316,7 @@ def step_state(
     newest = next((e for e in reversed(run.manifest) if e['stage'] == step.stage), {})
     return ('missing' if not newest else 'failed' if newest['status'] == 'failed' else 'stale'), newest
 
-# %% ../nbs/60_pipeline.ipynb #0052
+# %% ../nbs/60_pipeline.ipynb #0054
 def status(
     run: Run | Path | str,   # the run, or its folder
 ) -> pd.DataFrame:           # columns step, state, seconds, peak_mb, time, error

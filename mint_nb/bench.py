@@ -31,12 +31,14 @@ class Setting(NamedTuple):
     layers: int = 0        # adapters in the top this-many layers; 0: all
     rank: int = 16
 
+# %% ../nbs/36_bench.ipynb #0007
 def bench_items(s: Setting, vocab: int, seed: int = 0) -> list[Item]:
     "Items of random tokens whose lengths vary by a tenth."
     rng = np.random.default_rng(seed)
     tokens = lambda n: rng.integers(10, vocab, max(2, round(rng.normal(n, n/10)))).tolist()
     return [Item(str(i), tokens(s.prompt), [tokens(s.answer) for _ in range(1 + s.rejected)]) for i in range(s.batch)]
 
+# %% ../nbs/36_bench.ipynb #0008
 def bench_student(s: Setting, model: str = 'smollm2') -> Student:
     "The model with an adapter that does something: `smollm2`, `tiny`, or `llama-3b` (random weights in the shape of Llama-3.2-3B, for a GPU)."
     if model == 'llama-3b':
@@ -50,7 +52,7 @@ def bench_student(s: Setting, model: str = 'smollm2') -> Student:
         if 'lora_B' in n: p.data.copy_(torch.randn(p.shape, generator=gen)*.01)
     return student
 
-# %% ../nbs/36_bench.ipynb #0009
+# %% ../nbs/36_bench.ipynb #0011
 class SeparateRows(Engine):
     "The engine without its idea: a row for each answer."
     def logps(self, items, prompt=False):
@@ -62,10 +64,11 @@ class SeparateRows(Engine):
         return Logps(cat('chosen', first), cat('chosen', rest), cat('chosen_len', first), cat('chosen_len', rest), owner,
                      *((cat('prompt', first), cat('prompt_len', first)) if prompt else ()))
 
-# %% ../nbs/36_bench.ipynb #0010
+# %% ../nbs/36_bench.ipynb #0012
 WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared prompt': dict(budget=1), 'packed': dict(budget=10**6),
         'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True)}
 
+# %% ../nbs/36_bench.ipynb #0013
 def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> Callable[[], float]:
     "A function that takes a step one way, and leaves the gradients in the model."
     how = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, **(WAYS[way] or {})}
@@ -87,7 +90,7 @@ def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> C
         return loss
     return step
 
-# %% ../nbs/36_bench.ipynb #0012
+# %% ../nbs/36_bench.ipynb #0015
 def gradient(student: Student) -> torch.Tensor:
     "All gradients as one vector."
     return torch.cat([p.grad.flatten().float() for p in student.model.parameters() if p.grad is not None])
@@ -103,7 +106,7 @@ def differences(s: Setting, model: str, folder: str, ways: Sequence[str] = ('nee
         out[w] = abs(loss/want[0] - 1), ((gradient(student) - want[1]).norm()/want[1].norm()).item()
     return out
 
-# %% ../nbs/36_bench.ipynb #0015
+# %% ../nbs/36_bench.ipynb #0018
 def work(student: Student, s: Setting, items: Sequence[Item], way: str) -> float:
     "Multiplications of a step, in 10^9."
     pairs = [(len(i.prompt), len(i.answers[0]), len(a)) for i in items for a in i.answers[1:]]
@@ -112,7 +115,7 @@ def work(student: Student, s: Setting, items: Sequence[Item], way: str) -> float
     else: tokens, read = sum(map(len, items)), sum(len(i) - len(i.prompt)*(way in ('response', 'cached')) for i in items)
     return count_work(student, tokens, read, s.layers, cached=way == 'cached').top
 
-# %% ../nbs/36_bench.ipynb #0018
+# %% ../nbs/36_bench.ipynb #0021
 def take_turns(steps: dict[str, Callable[[], Any]], repeats: int, desc: str) -> pd.DataFrame:   # seconds, a row for each turn
     "Time functions in turns, after one step each to warm up."
     for f in steps.values(): f()
@@ -124,6 +127,7 @@ def take_turns(steps: dict[str, Callable[[], Any]], repeats: int, desc: str) -> 
         rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../nbs/36_bench.ipynb #0022
 def compare(s: Setting, ways: Sequence[str], model: str, repeats: int, folder: str, seed: int = 0) -> dict:
     "Seconds, ratios to TRL with their spread, and bounds, of some ways in one setting."
     student = bench_student(s, model)
@@ -135,7 +139,7 @@ def compare(s: Setting, ways: Sequence[str], model: str, repeats: int, folder: s
         out[w] = dict(ratio=round(ratio.median(), 2), low=round(ratio.min(), 2), high=round(ratio.max(), 2), bound=round(all_work/work(student, s, items, w), 2))
     return out
 
-# %% ../nbs/36_bench.ipynb #0021
+# %% ../nbs/36_bench.ipynb #0025
 def high_water() -> float:   # MB
     "Largest memory of this process so far. (`ru_maxrss` would count the parent's from before `exec`.)"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
@@ -143,6 +147,7 @@ def high_water() -> float:   # MB
     lines = [l for l in status.read_text().splitlines() if l.startswith('VmHWM')] if status.exists() else []
     return int(lines[0].split()[1])/1024 if lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 
+# %% ../nbs/36_bench.ipynb #0026
 def peak_memory(way: str, model: str, s: Setting = Setting()) -> float:   # MB
     "Peak of a fresh process that takes two steps."
     code = ('import json, sys, tempfile; from mint_nb.bench import *\n'
@@ -154,7 +159,7 @@ def peak_memory(way: str, model: str, s: Setting = Setting()) -> float:   # MB
     if done.returncode: raise RuntimeError(done.stderr[-500:])
     return float(done.stdout.split('PEAK')[1])
 
-# %% ../nbs/36_bench.ipynb #0023
+# %% ../nbs/36_bench.ipynb #0028
 def measure_speed(model: str, repeats: int, base: Setting, folder: str) -> dict:
     "Differences to TRL, the ladder, the cached depth, several rejected answers, other lengths."
     depth = max(1, 8*bench_student(base, model).model.config.num_hidden_layers//30)
@@ -167,7 +172,7 @@ def measure_speed(model: str, repeats: int, base: Setting, folder: str) -> dict:
                 lengths=[compare(base._replace(prompt=p, answer=a), both, model, min(2, repeats), folder)
                          for p, a in ((base.prompt//2, base.answer//2), (2*base.prompt, base.answer//2), (base.prompt//2, 2*base.answer))])
 
-# %% ../nbs/36_bench.ipynb #0024
+# %% ../nbs/36_bench.ipynb #0029
 def bench(
     out: Path | str = 'benchmarks',   # folder for the JSON file
     model: str = '',                  # default: smollm2 on a CPU, llama-3b on a GPU
@@ -185,7 +190,7 @@ def bench(
         speed_ratio_cached=found['cached']['cached']['ratio'], repeats=repeats, model=model, device=device_name(), processor=processor(),
         versions=versions(), date=time.strftime('%Y-%m-%d'), memory_mb=memory, **found))
 
-# %% ../nbs/36_bench.ipynb #0025
+# %% ../nbs/36_bench.ipynb #0030
 def processor() -> str:
     "Name of the processor, as the system gives it."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
@@ -193,7 +198,7 @@ def processor() -> str:
     lines = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
     return f'{lines[0]}, {torch.get_num_threads()} threads' if lines else ''
 
-# %% ../nbs/36_bench.ipynb #0027
+# %% ../nbs/36_bench.ipynb #0032
 def bench_table(
     found: Optional[dict],   # content of cpu.json or gpu.json; None: not measured
 ) -> pd.DataFrame:
@@ -210,20 +215,21 @@ def bench_table(
     memory = f"{found['memory_ratio']:.2f}" if found else 'not yet measured'
     return pd.DataFrame([*out, ['peak memory, same loss, share of TRL', memory, '', '', '']], columns=['step', 'times as fast as TRL', 'range', 'bound by counting', 'share of bound']).set_index('step')
 
+# %% ../nbs/36_bench.ipynb #0033
 def committed(name: str) -> Optional[dict]:
     "A benchmark file of the source tree, if it is there."
     for folder in (Path('benchmarks'), Path('../benchmarks'), Path('../../benchmarks')):
         if (folder/name).exists(): return read_json(folder/name)
     return None
 
-# %% ../nbs/36_bench.ipynb #0030
+# %% ../nbs/36_bench.ipynb #0036
 def detail_table(found: dict) -> pd.DataFrame:
     "Seconds of a TRL step and ratios, by setting."
     parts = [found['ladder'], *found['rejected'].values(), *found['lengths']]
     return pd.DataFrame([{**{k: v for k, v in p['setting'].items() if k in ('prompt', 'answer', 'rejected')}, 'TRL, s': p['seconds']['TRL'],
                           'same loss': p['shared prompt']['ratio'], 'bound': p['shared prompt']['bound'], 'answer only': p['response']['ratio']} for p in parts])
 
-# %% ../nbs/36_bench.ipynb #0035
+# %% ../nbs/36_bench.ipynb #0041
 def bench_figure(found: dict) -> Any:
     "Time of a step as a share of TRL's, by way."
     import matplotlib.pyplot as plt

@@ -57,12 +57,14 @@ class Work(NamedTuple):
     top: float     # every epoch
     below: float   # once
 
+# %% ../nbs/35_doctor.ipynb #0016
 def sizes(student: Student) -> dict[str, int]:
     "Weights inside the layers, frozen and adapter, and of the output layer."
     inner = [(n, p.numel()) for n, p in student.model.named_parameters() if '.layers.' in n]
     config = student.model.config.get_text_config()
     return dict(frozen=sum(k for n, k in inner if 'lora' not in n), adapter=sum(k for n, k in inner if 'lora' in n), head=config.vocab_size*config.hidden_size)
 
+# %% ../nbs/35_doctor.ipynb #0017
 def count_work(student: Student, tokens: int, read: int, layers: int = 0, cached: bool = True) -> Work:
     "Work for some tokens, of which some are read by the loss."
     w, depth = sizes(student), student.model.config.get_text_config().num_hidden_layers
@@ -71,7 +73,7 @@ def count_work(student: Student, tokens: int, read: int, layers: int = 0, cached
     below = w['frozen']*(1 - top)*tokens
     return Work((every + (0 if cached else below))/1e9, below/1e9 if cached else 0.)
 
-# %% ../nbs/35_doctor.ipynb #0016
+# %% ../nbs/35_doctor.ipynb #0018
 def multiply_rate(dtype: torch.dtype, device: Any = 'cpu', seconds: float = .1) -> float:
     "Multiplications a second, in 10^9, of a matrix product the size of a layer's."
     a, b, n = torch.randn(256, 1024, dtype=dtype, device=device), torch.randn(1024, 2048, dtype=dtype, device=device), 0
@@ -83,7 +85,7 @@ def multiply_rate(dtype: torch.dtype, device: Any = 'cpu', seconds: float = .1) 
         sync(); n += 4
     return n*a.shape[0]*b.numel()/(time.perf_counter() - start)/1e9
 
-# %% ../nbs/35_doctor.ipynb #0019
+# %% ../nbs/35_doctor.ipynb #0021
 def estimate_training(student: Student, items: Sequence[Item], sp: StudentParams, tp: TrainParams) -> tuple[float, float]:
     "Seconds and MB, roughly."
     config, w = student.model.config.get_text_config(), sizes(student)
@@ -95,7 +97,7 @@ def estimate_training(student: Student, items: Sequence[Item], sp: StudentParams
     kept = longest*layers*(14*config.hidden_size + 5*config.intermediate_size)*4
     return seconds, (sum(p.numel()*p.element_size() for p in student.model.parameters()) + 12*w['adapter'] + kept + 128*config.vocab_size*8)/2**20 + 600
 
-# %% ../nbs/35_doctor.ipynb #0021
+# %% ../nbs/35_doctor.ipynb #0023
 def diagnose(
     rows: Sequence[dict],      # preference rows
     student: Student,          # with or without adapter

@@ -38,6 +38,7 @@ class Item:
 
     def __len__(self): return len(self.prompt) + sum(map(len, self.answers))
 
+# %% ../nbs/32_engine.ipynb #0007
 class Row(NamedTuple):
     "Items behind each other: L tokens, of which N predict another one; S segments, each a prompt or an answer."
     ids: Tensor        # (L,)
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 
     def to(self, device) -> 'Row': return Row(*(t.to(device) for t in self))
 
-# %% ../nbs/32_engine.ipynb #0007
+# %% ../nbs/32_engine.ipynb #0008
 def lay_out(items: Sequence[Item]) -> Row:
     "Tokens, positions, what belongs to whom, and which state predicts which token."
     ids, position, item, part, source, target, segment, length, first = ([] for _ in range(9))
@@ -70,7 +71,7 @@ def lay_out(items: Sequence[Item]) -> Row:
             segment += [len(length) - 1]*length[-1]
     return Row(*map(torch.tensor, (ids, position, item, part, source, target, segment, length, first)))
 
-# %% ../nbs/32_engine.ipynb #0011
+# %% ../nbs/32_engine.ipynb #0012
 def sees(row: Row, window: Optional[int] = None):
     "The rule, as a function of the indices of a looking and a seen token (the form that FlexAttention takes)."
     def rule(batch, head, i, j):
@@ -78,24 +79,26 @@ def sees(row: Row, window: Optional[int] = None):
         return ok & (row.position[i] - row.position[j] < window) if window else ok
     return rule
 
+# %% ../nbs/32_engine.ipynb #0013
 def dense_mask(row: Row, window: Optional[int] = None) -> Tensor:   # (1, 1, L, L) bool
     "The rule as a matrix."
     i = torch.arange(len(row.ids), device=row.ids.device)
     return sees(row, window)(None, None, i[:, None], i[None, :])[None, None]
 
+# %% ../nbs/32_engine.ipynb #0014
 def block_mask(row: Row, window: Optional[int] = None) -> Any:
     "The rule as a block mask for FlexAttention."
     from torch.nn.attention.flex_attention import create_block_mask
     n = len(row.ids)
     return create_block_mask(sees(row, window), B=None, H=None, Q_LEN=n, KV_LEN=n, device=row.ids.device)
 
-# %% ../nbs/32_engine.ipynb #0015
+# %% ../nbs/32_engine.ipynb #0018
 def filled(row: Row, multiple: int) -> Row:
     "The row with its tokens filled up to a multiple of a length."
     n = -len(row.ids) % multiple
     return row._replace(ids=F.pad(row.ids, (0, n)), position=F.pad(row.position, (0, n)), item=F.pad(row.item, (0, n), value=-1), part=F.pad(row.part, (0, n)))
 
-# %% ../nbs/32_engine.ipynb #0018
+# %% ../nbs/32_engine.ipynb #0021
 def masks_for(config: Any, row: Row, make=dense_mask) -> Any:
     "The mask of a model, or one for each kind of its layers."
     kinds, window = set(getattr(config, 'layer_types', None) or []), getattr(config, 'sliding_window', None)
@@ -105,7 +108,7 @@ def masks_for(config: Any, row: Row, make=dense_mask) -> Any:
     if 'sliding_attention' in kinds: return {'full_attention': make(row), 'sliding_attention': make(row, window)}
     return make(row, None if kinds else window)
 
-# %% ../nbs/32_engine.ipynb #0020
+# %% ../nbs/32_engine.ipynb #0023
 class _FrozenHead(torch.autograd.Function):
     "Log-probabilities of targets; the gradient with respect to the states is made in the forward pass."
     @staticmethod
@@ -128,11 +131,12 @@ class _FrozenHead(torch.autograd.Function):
         grad, = ctx.saved_tensors
         return (g[:, None]*grad).to(grad.dtype), None, None, None
 
-# %% ../nbs/32_engine.ipynb #0022
+# %% ../nbs/32_engine.ipynb #0025
 def _chunk_logps(states: Tensor, target: Tensor, head: nn.Module, cap: Optional[float]) -> Tensor:
     logits = head(states).float()
     return -F.cross_entropy(cap*torch.tanh(logits/cap) if cap else logits, target, reduction='none')
 
+# %% ../nbs/32_engine.ipynb #0026
 def token_logps(
     states: Tensor,      # (N, H) hidden states
     target: Tensor,      # (N,) the tokens they predict
@@ -146,7 +150,7 @@ def token_logps(
     pieces = [(states[i:i+chunk], target[i:i+chunk]) for i in range(0, len(target), chunk)]
     return torch.cat([checkpoint(_chunk_logps, s, t, head, cap, use_reentrant=False) for s, t in pieces])
 
-# %% ../nbs/32_engine.ipynb #0025
+# %% ../nbs/32_engine.ipynb #0029
 def parts_of(model: Any) -> tuple[nn.Module, nn.Module]:
     "The transformer without its head, and the head, of a causal language model with or without adapter."
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
@@ -155,12 +159,14 @@ def parts_of(model: Any) -> tuple[nn.Module, nn.Module]:
         raise InputError('has no separate output layer', field='student.model', record=type(base).__name__, hint='train this model with train.engine=trl')
     return inner, head
 
+# %% ../nbs/32_engine.ipynb #0030
 def first_trainable(backbone: nn.Module) -> int:
     "Index of the lowest layer with a trainable parameter; the number of layers if there is none; 0 if it cannot be told."
     layers = getattr(backbone, 'layers', ())
     if any(p.requires_grad for n, p in backbone.named_parameters() if not n.startswith('layers.')): return 0
     return next((i for i, l in enumerate(layers) if any(p.requires_grad for p in l.parameters())), len(layers))
 
+# %% ../nbs/32_engine.ipynb #0031
 def split_backbone(
     backbone: nn.Module,   # a decoder with `.layers` and `.norm`
     depth: int,            # layers in the lower part
@@ -175,7 +181,7 @@ def split_backbone(
         return v
     return view(slice(0, depth), nn.Identity()), view(slice(depth, None), None)
 
-# %% ../nbs/32_engine.ipynb #0027
+# %% ../nbs/32_engine.ipynb #0033
 class TensorStore:
     "Tensors by a digest of what they were computed from; in memory, or memory-mapped in a folder."
     def __init__(self, folder: Optional[Path | str] = None): self.folder, self.memory = folder and Path(folder), {}
@@ -193,7 +199,7 @@ class TensorStore:
         with atomic_path(self.folder/key[:2]/f'{key}.safetensors') as tmp: save_file({'x': x.contiguous().cpu()}, tmp)
         return x
 
-# %% ../nbs/32_engine.ipynb #0030
+# %% ../nbs/32_engine.ipynb #0036
 class Engine:
     "Log-probabilities of items under a student, with the prompt shared and the frozen depth remembered."
     def __init__(self,
@@ -217,12 +223,13 @@ class Engine:
 
     def _autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-# %% ../nbs/32_engine.ipynb #0031
+# %% ../nbs/32_engine.ipynb #0037
 def weights_key(engine: Engine) -> str:
     "What the frozen depth depends on besides the tokens."
     some = [(n, str(p.dtype), list(p.shape), p.detach().flatten()[:32].float().tolist()) for n, p in engine.lower.named_parameters()]
     return digest([engine.student.name, engine.depth, some])
 
+# %% ../nbs/32_engine.ipynb #0038
 @patch
 def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
     "Hidden states of an item below the first trainable layer; each answer is run alone behind its prompt, so its states do not depend on the others."
@@ -240,7 +247,7 @@ def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
                 memory.crop(-len(a)); found[i] = self.store.put(keys[i], out)
     return torch.cat([f.to(self.head.weight) for f in found])
 
-# %% ../nbs/32_engine.ipynb #0032
+# %% ../nbs/32_engine.ipynb #0039
 @patch
 def states(self: Engine, items: Sequence[Item], row: Row) -> Tensor:   # (L, H)
     "Final hidden states of items in one row."
@@ -250,7 +257,7 @@ def states(self: Engine, items: Sequence[Item], row: Row) -> Tensor:   # (L, H)
         masks = masks_for(self.upper.config, row, block_mask if self.flex else dense_mask)
         return self.upper(**first, position_ids=row.position[None], attention_mask=masks, use_cache=False).last_hidden_state[0, :n]
 
-# %% ../nbs/32_engine.ipynb #0033
+# %% ../nbs/32_engine.ipynb #0040
 @patch
 def logps(self: Engine,
     items: Sequence[Item] | Item,   # go into one row
@@ -268,7 +275,7 @@ def logps(self: Engine,
     owner = torch.arange(len(items), device=self.device).repeat_interleave(torch.tensor([len(i.answers) - 1 for i in items], device=self.device))
     return Logps(sums[chosen], sums[rejected], row.length[chosen], row.length[rejected], owner, *((sums[row.first], row.length[row.first]) if prompt else ()))
 
-# %% ../nbs/32_engine.ipynb #0035
+# %% ../nbs/32_engine.ipynb #0042
 def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
     "Sums of an item's answers from one ordinary row each, the slow way."
     out = []
@@ -278,6 +285,7 @@ def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
         out.append(lp[len(item.prompt) - 1:].sum())
     return torch.stack(out)
 
+# %% ../nbs/32_engine.ipynb #0043
 @patch
 def adopt(self: Engine) -> None:
     "Give the model the attention that takes our masks, and look whether it honours them."
@@ -290,7 +298,7 @@ def adopt(self: Engine) -> None:
         raise InputError(f'cannot be run with a mask and positions of ours ({type(e).__name__}: {e})', field='student.model', record=self.config.model_type,
                          hint='train this model with train.engine=trl') from e
 
-# %% ../nbs/32_engine.ipynb #0036
+# %% ../nbs/32_engine.ipynb #0044
 @patch
 def check(self: Engine) -> None:
     "Refuse a model for which answers in one row are not what they are in rows of their own."
@@ -306,7 +314,7 @@ def check(self: Engine) -> None:
         raise InputError(f'does not honour the mask and positions it is given: log-probabilities are off by {off:.1%}', field='student.model',
                          record=self.config.model_type, hint='train this model with train.engine=trl')
 
-# %% ../nbs/32_engine.ipynb #0049
+# %% ../nbs/32_engine.ipynb #0057
 def rows_of(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     "Items in order, as many in a row as fit the budget of tokens, and at least one."
     row, used = [], 0
@@ -320,7 +328,7 @@ def totals(items: Sequence[Item]) -> Total:
     chosen = sum(len(i.answers[0]) for i in items)
     return Total(len(items), sum(len(i.answers) - 1 for i in items), chosen, chosen + sum(len(i.prompt) - 1 for i in items))
 
-# %% ../nbs/32_engine.ipynb #0052
+# %% ../nbs/32_engine.ipynb #0060
 def adapter_digest(model: Any) -> str:
     "Digest of all trainable weights."
     import hashlib
@@ -329,6 +337,7 @@ def adapter_digest(model: Any) -> str:
         if p.requires_grad: h.update(n.encode()); h.update(p.detach().float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/32_engine.ipynb #0061
 @torch.no_grad()
 def reference_logps(engine: Engine, items: Sequence[Item], desc: str = 'reference') -> dict[str, list[float]]:   # by case, a sum for each answer
     "Summed log-probabilities under the model as it is now."
@@ -341,11 +350,12 @@ def reference_logps(engine: Engine, items: Sequence[Item], desc: str = 'referenc
         out[it.case_id] = found.tolist()
     return out
 
+# %% ../nbs/32_engine.ipynb #0062
 def mismatched(items: Sequence[Item]) -> list[Item]:
     "Each prompt with the answers of the next item, for KTO's zero point."
     return [Item(a.case_id, a.prompt, b.answers) for a, b in zip(items, [*items[1:], *items[:1]])]
 
-# %% ../nbs/32_engine.ipynb #0055
+# %% ../nbs/32_engine.ipynb #0065
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
     def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
@@ -374,7 +384,7 @@ class PreferenceTrainer(Trainer):
         now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
         return max(0., (now - sum(sum(self.other_reference[i.case_id]) for i in some))/sum(len(i.answers) for i in some))
 
-# %% ../nbs/32_engine.ipynb #0056
+# %% ../nbs/32_engine.ipynb #0066
 @patch
 def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "Forward and backward for one batch, row by row."
@@ -393,6 +403,7 @@ def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=Non
             if p.grad is not None: torch.distributed.all_reduce(p.grad); p.grad /= n
     return loss
 
+# %% ../nbs/32_engine.ipynb #0067
 @patch
 def log(self: PreferenceTrainer, logs, *a, **kw):
     "Add the means of what the losses reported since the last log."
@@ -401,7 +412,7 @@ def log(self: PreferenceTrainer, logs, *a, **kw):
         self.seen, self.updates = {}, 0
     Trainer.log(self, logs, *a, **kw)
 
-# %% ../nbs/32_engine.ipynb #0058
+# %% ../nbs/32_engine.ipynb #0069
 def last_checkpoint(folder: Path | str) -> Optional[str]:
     "The newest complete checkpoint below a folder, or None."
     whole = [p.parent for p in Path(folder).glob('checkpoint-*/trainer_state.json') if p.stat().st_size > 2]
@@ -416,7 +427,7 @@ def trainer_settings(params: TrainParams, folder: Path | str, steps: int, lr: fl
                 save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False, use_cpu=not gpu, remove_unused_columns=False,
                 report_to=params.report_to, dataloader_pin_memory=False, dataloader_num_workers=0, gradient_checkpointing=False, disable_tqdm=bool(os.environ.get('MINT_QUIET')))
 
-# %% ../nbs/32_engine.ipynb #0060
+# %% ../nbs/32_engine.ipynb #0071
 class Bar(TrainerCallback):
     "A progress bar over the updates, with the current loss."
     def __init__(self, desc: str): self.desc = desc
@@ -428,7 +439,7 @@ class Bar(TrainerCallback):
         if 'loss' in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
     def on_train_end(self, *a, **kw): self.bar.close()
 
-# %% ../nbs/32_engine.ipynb #0062
+# %% ../nbs/32_engine.ipynb #0073
 def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     "Items as the rows that a TRL trainer makes of its dataset, a row for each pair."
     rows = []
@@ -441,6 +452,7 @@ def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
                              **{f'rejected_{k}': v for k, v in full(rejected).items()}))
     return rows
 
+# %% ../nbs/32_engine.ipynb #0074
 def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: TrainParams, settings: dict) -> Trainer:
     "A TRL trainer on the same tokens."
     os.environ.setdefault('TRL_EXPERIMENTAL_SILENCE', '1')
@@ -456,7 +468,7 @@ def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: Trai
     trainer.train_dataset = Dataset.from_list(trl_rows(items, loss))
     return trainer
 
-# %% ../nbs/32_engine.ipynb #0063
+# %% ../nbs/32_engine.ipynb #0075
 def train(
     student: Student,             # with an adapter
     items: Sequence[Item],
@@ -480,7 +492,7 @@ def train(
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/32_engine.ipynb #0069
+# %% ../nbs/32_engine.ipynb #0081
 class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step

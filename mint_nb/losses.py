@@ -42,6 +42,7 @@ class Logps(NamedTuple):
     ref_chosen: Optional[Tensor] = None    # (B,) sums under the reference model
     ref_rejected: Optional[Tensor] = None  # (R,)
 
+# %% ../nbs/31_losses.ipynb #0011
 class Total(NamedTuple):
     "What the means of a batch are taken over; the parts of a batch that is computed in pieces share one."
     items: int      # chosen answers
@@ -49,12 +50,13 @@ class Total(NamedTuple):
     chosen: int     # tokens in chosen answers
     read: int       # tokens in prompts (but the first) and chosen answers
 
+# %% ../nbs/31_losses.ipynb #0012
 def total_of(lp: Logps) -> Total:
     "The totals of a batch that is computed at once."
     count = lambda t: 0 if t is None else int(t.sum())
     return Total(len(lp.chosen), len(lp.rejected), count(lp.chosen_len), count(lp.chosen_len) + count(lp.prompt_len))
 
-# %% ../nbs/31_losses.ipynb #0013
+# %% ../nbs/31_losses.ipynb #0015
 NLL_ON = ('response', 'llama-factory', 'trl')
 
 def nll(lp: Logps, nll_on: str = 'response', total: Optional[Total] = None) -> Tensor:
@@ -69,7 +71,7 @@ def sft_loss(lp: Logps, total: Optional[Total] = None, nll_on: str = 'response',
     loss = nll(lp, nll_on, total)
     return loss, {'nll': loss.detach()}
 
-# %% ../nbs/31_losses.ipynb #0016
+# %% ../nbs/31_losses.ipynb #0018
 def orpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, nll_on: str = 'response', **_) -> tuple[Tensor, dict]:
     "Odds ratio preference optimisation (arXiv 2403.07691, equations 6 and 7)."
     total = total or total_of(lp)
@@ -77,7 +79,7 @@ def orpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, nll_o
     likelihood, ratio = nll(lp, nll_on, total), -F.logsigmoid(gap).sum() / total.pairs
     return likelihood + beta*ratio, {'nll': likelihood.detach(), 'odds_ratio_loss': ratio.detach(), 'log_odds': gap.sum().detach() / total.pairs}
 
-# %% ../nbs/31_losses.ipynb #0020
+# %% ../nbs/31_losses.ipynb #0022
 def competitors(lp: Logps, chosen: Tensor, rejected: Tensor) -> Tensor:   # (B, 1 + most rejected of an item)
     "Scores as one row an item, the chosen one first, minus infinity where an item has fewer rejected answers."
     count = torch.bincount(lp.owner, minlength=len(chosen))
@@ -94,7 +96,7 @@ def orpo_list_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, 
     gap = odds[:, 0] - odds[:, 1:].max(1).values
     return likelihood + beta*ratio, {'nll': likelihood.detach(), 'odds_ratio_loss': ratio.detach(), 'log_odds': gap.sum().detach() / total.items}
 
-# %% ../nbs/31_losses.ipynb #0023
+# %% ../nbs/31_losses.ipynb #0025
 def dpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, **_) -> tuple[Tensor, dict]:
     "Direct preference optimisation against a reference model."
     total = total or total_of(lp)
@@ -107,7 +109,7 @@ def ipo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, **_) -
     gap = ((lp.chosen - lp.ref_chosen) / lp.chosen_len)[lp.owner] - (lp.rejected - lp.ref_rejected) / lp.rejected_len
     return ((gap - 1/(2*beta))**2).sum() / total.pairs, {'margin': gap.sum().detach() / total.pairs, 'nll': nll(lp, total=total).detach()}
 
-# %% ../nbs/31_losses.ipynb #0027
+# %% ../nbs/31_losses.ipynb #0029
 def simpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 2.0, gamma: float = 0.5, **_) -> tuple[Tensor, dict]:
     "Simple preference optimisation: mean log-probabilities with a margin, no reference."
     total = total or total_of(lp)
@@ -121,7 +123,7 @@ def kto_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, kl: fl
     loss = ((1 - torch.sigmoid(beta*(good - kl))).sum() + (1 - torch.sigmoid(beta*(kl - bad))).sum()) / (total.items + total.pairs)
     return loss, {'margin': beta*(good.sum()/total.items - bad.sum()/total.pairs).detach(), 'nll': nll(lp, total=total).detach()}
 
-# %% ../nbs/31_losses.ipynb #0030
+# %% ../nbs/31_losses.ipynb #0032
 class Loss(NamedTuple):
     "A loss and what it reads."
     f: Callable[..., tuple[Tensor, dict]]

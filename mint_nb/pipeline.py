@@ -48,12 +48,14 @@ class Step:
 # %% ../nbs/60_pipeline.ipynb #0011
 ALIGNED = ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo', 'mint', 'mint_list', 'mint_note', 'mint_shuffled')   # methods with a training stage
 
+# %% ../nbs/60_pipeline.ipynb #0012
 def students(
     params: Params,   # of the run
 ) -> list[str]:       # methods to train, in order, each once
     "The methods of a run that need training."
     return list(dict.fromkeys(m for m in (m.removesuffix('_constrained') for m in params.methods) if m in ALIGNED))
 
+# %% ../nbs/60_pipeline.ipynb #0013
 def plan(
     params: Params,   # of the run
 ) -> list[Step]:      # in the order in which they have to run
@@ -66,7 +68,7 @@ def plan(
     steps += [Step('49_predict', f'predict/{m}-{s}', {'method': m, 'seed': s}, trained(m, s)) for s in seeds for m in params.methods]
     return steps + [Step('59_analysis', 'analysis')]
 
-# %% ../nbs/60_pipeline.ipynb #0015
+# %% ../nbs/60_pipeline.ipynb #0017
 SPEEDS = dict(   # measured on two cores, weights in float32
     start=6.,            # s to start a kernel and import
     case=.01,            # s to write a note and draw a portrait
@@ -79,7 +81,7 @@ SPEEDS = dict(   # measured on two cores, weights in float32
     tiny=4.)             # times faster, at least, is the tiny random student
 LEARNS = {'sft': .7, 'dpo_full': 1.9, 'dpo': 1., 'ipo': 1., 'kto': 1.3}   # share of work relative to one pass over chosen and rejected lists
 
-# %% ../nbs/60_pipeline.ipynb #0016
+# %% ../nbs/60_pipeline.ipynb #0018
 def work_seconds(
     step: Step,       # one notebook
     p: Params,        # of the run
@@ -99,7 +101,7 @@ def work_seconds(
         return p.cohort.test*15*p.pairs.k/v['write']/faster
     return 1.
 
-# %% ../nbs/60_pipeline.ipynb #0019
+# %% ../nbs/60_pipeline.ipynb #0021
 def estimate(
     params: Params,                         # of the run
     steps: Optional[Sequence[Step]] = None, # only these; None: the whole plan
@@ -108,21 +110,21 @@ def estimate(
     steps = plan(params) if steps is None else steps
     return pd.DataFrame([(s.name, SPEEDS['start'] + work_seconds(s, params)) for s in steps], columns=['step', 'seconds'])
 
-# %% ../nbs/60_pipeline.ipynb #0020
+# %% ../nbs/60_pipeline.ipynb #0022
 def elapsed(params: Params, steps: Sequence[Step], workers: int = 1) -> float:   # s
     "Time until some steps are done when trainings and predictions run side by side."
     seconds = estimate(params, steps).seconds
     shared = [s.notebook in SIDE_BY_SIDE for s in steps]
     return sum(t/(1 + .6*(workers - 1)) if together else t for t, together in zip(seconds, shared))    # two at a time take 1.25 times as long each
 
-# %% ../nbs/60_pipeline.ipynb #0021
+# %% ../nbs/60_pipeline.ipynb #0023
 def minutes(seconds: float) -> str:
     "Seconds as people say them: '40 s', '7 min', '1 h 20 min'."
     if seconds < 90: return f'{seconds:.0f} s'
     m = round(seconds/60)
     return f'{m} min' if m < 60 else f'{m//60} h {m % 60} min'
 
-# %% ../nbs/60_pipeline.ipynb #0026
+# %% ../nbs/60_pipeline.ipynb #0028
 class NotebookFailed(RuntimeError):
     "A stage notebook did not finish; knows the executed copy, the failing cell and the error."
     def __init__(self,
@@ -137,7 +139,7 @@ class NotebookFailed(RuntimeError):
         source = '\n'.join('    ' + l for l in cell.strip().splitlines()[:8])
         super().__init__(f'{self.copy.stem} failed{where}: {error}: {message}\n' + (f'{source}\n' if source else '') + f'  executed copy: {copy}')
 
-# %% ../nbs/60_pipeline.ipynb #0029
+# %% ../nbs/60_pipeline.ipynb #0031
 class BarsOnly:
     "A text stream that passes progress bars on to the terminal and drops everything else."
     def __init__(self, stream: Any = None): self.stream = stream or sys.stderr   # where bars go
@@ -149,7 +151,7 @@ class BarsOnly:
         "Flush the terminal."
         self.stream.flush()
 
-# %% ../nbs/60_pipeline.ipynb #0031
+# %% ../nbs/60_pipeline.ipynb #0033
 def _ipc(folder: str) -> Any:
     "Configuration of a kernel that talks over sockets in `folder` (a short path: Unix allows about 100 characters)."
     from traitlets.config import Config
@@ -157,6 +159,7 @@ def _ipc(folder: str) -> Any:
     c.KernelManager.transport, c.KernelManager.connection_file = 'ipc', f'{folder}/k.json'
     return c
 
+# %% ../nbs/60_pipeline.ipynb #0034
 def _failure(copy: Path, nb: Any) -> NotebookFailed:
     "The first cell of an executed notebook that did not finish, as an exception."
     for i, c in enumerate(nb.cells):
@@ -165,11 +168,12 @@ def _failure(copy: Path, nb: Any) -> NotebookFailed:
         if not _finished(c): return NotebookFailed(copy, 'KernelDied', 'the kernel ended before this cell did (killed, or out of memory)', c.source, i)
     return NotebookFailed(copy, 'Unknown', 'papermill reported a failure, but every cell ran')
 
+# %% ../nbs/60_pipeline.ipynb #0035
 def _finished(cell: Any) -> bool:
     "Did the kernel answer that the cell is done? (Text and empty cells always are.)"
     return cell.cell_type != 'code' or not cell.source.strip() or 'shell.execute_reply' in cell.metadata.get('execution', {})
 
-# %% ../nbs/60_pipeline.ipynb #0032
+# %% ../nbs/60_pipeline.ipynb #0036
 def run_notebook(
     source: Path | str,                # notebook
     copy: Path | str,                  # where its executed copy goes
@@ -192,7 +196,7 @@ def run_notebook(
     if not all(map(_finished, nb.cells)): raise _failure(copy, nb)
     return copy
 
-# %% ../nbs/60_pipeline.ipynb #0037
+# %% ../nbs/60_pipeline.ipynb #0041
 def prepare_run(
     out: Path | str,                   # run folder
     profile: str = 'laptop',           # recipe
@@ -207,7 +211,7 @@ def prepare_run(
             with atomic_path(file) as tmp: tmp.write_text(yaml.safe_dump(want.model_dump(mode='json'), sort_keys=False))
     return open_run(out, profile, overrides)
 
-# %% ../nbs/60_pipeline.ipynb #0040
+# %% ../nbs/60_pipeline.ipynb #0044
 def run_step(
     run: Run,                # the run folder
     step: Step,              # what to execute
@@ -220,15 +224,16 @@ def run_step(
     if entry := stage_done(run, step.stage): return entry
     raise NotebookFailed(copy, 'Incomplete', f'ran to its end, but the manifest has no finished stage {step.stage!r}')
 
-# %% ../nbs/60_pipeline.ipynb #0041
+# %% ../nbs/60_pipeline.ipynb #0045
 def check_methods(params: Params) -> None:
     "Refuse a method that nobody knows, before an hour of work and not after it."
     from mint_nb.predict import get_method   # imports torch
     for m in params.methods: get_method(m)
 
-# %% ../nbs/60_pipeline.ipynb #0044
+# %% ../nbs/60_pipeline.ipynb #0048
 SIDE_BY_SIDE = ('39_align', '49_predict')
 
+# %% ../nbs/60_pipeline.ipynb #0049
 def worker_count(
     params: Params,
     workers: int = 0,   # 0: two where a small student trains on a CPU of two cores or more, else one
@@ -248,7 +253,7 @@ def threads(n: int):
         if before is None: os.environ.pop('OMP_NUM_THREADS', None)
         else: os.environ['OMP_NUM_THREADS'] = before
 
-# %% ../nbs/60_pipeline.ipynb #0045
+# %% ../nbs/60_pipeline.ipynb #0050
 def run_group(
     steps: Sequence[Step],                # any order
     workers: int,                         # at the same time
@@ -271,7 +276,7 @@ def run_group(
             for child in psutil.Process().children(recursive=True): child.terminate()     # the kernels; their threads end with them
             raise
 
-# %% ../nbs/60_pipeline.ipynb #0047
+# %% ../nbs/60_pipeline.ipynb #0052
 def run_steps(run: Run, steps: Sequence[Step], workers: int, quiet: bool, tell: Callable[[Step, dict], None]) -> None:
     "Execute steps, side by side if there are several workers."
     if workers == 1:
@@ -279,7 +284,7 @@ def run_steps(run: Run, steps: Sequence[Step], workers: int, quiet: bool, tell: 
     else:
         with threads(max(1, (os.cpu_count() or 1)//workers)): run_group(steps, workers, lambda s: run_step(run, s, True), tell)
 
-# %% ../nbs/60_pipeline.ipynb #0048
+# %% ../nbs/60_pipeline.ipynb #0053
 def run_pipeline(
     out: Path | str,                    # run folder
     profile: str = 'laptop',            # recipe
@@ -306,7 +311,7 @@ def run_pipeline(
         run_steps(run, left, workers if together else 1, quiet, tell)
     return run
 
-# %% ../nbs/60_pipeline.ipynb #0052
+# %% ../nbs/60_pipeline.ipynb #0057
 def step_state(
     run: Run,          # the run folder
     step: Step,        # one notebook of its plan
@@ -316,7 +321,7 @@ def step_state(
     newest = next((e for e in reversed(run.manifest) if e['stage'] == step.stage), {})
     return ('missing' if not newest else 'failed' if newest['status'] == 'failed' else 'stale'), newest
 
-# %% ../nbs/60_pipeline.ipynb #0054
+# %% ../nbs/60_pipeline.ipynb #0059
 def status(
     run: Run | Path | str,   # the run, or its folder
 ) -> pd.DataFrame:           # columns step, state, seconds, peak_mb, time, error

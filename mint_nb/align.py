@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'Phase', 'updates', 'items_of', 'run_phase', 'long_log',
 # %% ../nbs/39_align.ipynb #0003
 import shutil
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import pandas as pd
 from peft import load_peft_weights, set_peft_model_state_dict
@@ -16,7 +16,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from .core import InputError, Params, Run, atomic_path, read_json, read_table, run_stage, write_json, write_table
 from .tasks import Case, Task, get_task
 from .cohort import cohort_cases
-from .doctor import diagnose
+from .doctor import diagnose, items_from_rows
 from .pairs import refuse
 from .preferences import preference_rows, preferences, variant_of
 from .students import Student, add_lora, load_student
@@ -42,23 +42,22 @@ def updates(
 
 # %% ../nbs/39_align.ipynb #0008
 def items_of(
-    pairs: pd.DataFrame,      # columns case_id, chosen, rejected, chosen_ids
+    rows: Sequence[dict],     # preference rows
     cases: Sequence[Case],
     student: Student, task: Task,
     max_prompt: int,          # tokens
 ) -> list[Item]:
-    "One item for each case, in the order of the table."
-    notes, out = {c.id: c.note for c in cases}, []
-    for case_id, rows in pairs.groupby('case_id', sort=False):
-        if case_id not in notes: raise InputError('has pairs and is not in the cohort', record=case_id, field='case_id')
-        first = rows.iloc[0]
-        texts = [first.chosen[0]['content'], *(r[0]['content'] for r in rows.rejected)]
-        out.append(Item(case_id, student.prompt_ids(task, notes[case_id], len(first.chosen_ids), max_prompt), [student.answer_ids(t) for t in texts]))
-    return out
+    "One item for each case, with notes that fit."
+    notes = {c.id: c.note for c in cases}
+    lost = next((r['case_id'] for r in rows if r['case_id'] not in notes), None)
+    if lost: raise InputError('has pairs and is not in the cohort', record=lost, field='case_id')
+    return items_from_rows(rows, student, lambda r: student.prompt_ids(task, notes[r['case_id']], len(r['chosen_ids']), max_prompt))
 
 # %% ../nbs/39_align.ipynb #0011
 def run_phase(
-    student: Student, engine: Engine, items: Sequence[Item],
+    student: Student,
+    engine: Optional[Engine],   # None: TRL trains
+    items: Sequence[Item],
     phase: Phase, params: Params, folder: Path, seed: int,
 ) -> list[dict]:            # what was logged
     "Train one phase, or load what it left if it is already done."
@@ -66,10 +65,7 @@ def run_phase(
     if done.exists():
         set_peft_model_state_dict(student.model, load_peft_weights(str(done), device=str(student.device)))
         return read_json(folder/'log.json')
-    ref = None
-    if LOSSES[phase.loss].reference:
-        if not (folder/'reference.json').exists(): write_json(folder/'reference.json', reference_logps(engine, items))
-        ref = read_json(folder/'reference.json')
+    ref = reference_logps(engine, items) if engine and LOSSES[phase.loss].reference else None
     log = train(student, items, phase.loss, params.train, folder, max(1, round(phase.share*updates(len(items), params))), seed, ref, engine)
     write_json(folder/'log.json', log)
     with atomic_path(done) as tmp: student.model.save_pretrained(tmp)
@@ -97,10 +93,11 @@ def align(
     source = f'preferences/{variant}-{seed}/train.parquet'
     def body():
         student = add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), p.student, seed)
-        lines, problems = diagnose(preference_rows(run, seed, variant), student, p.student, p.train, p.predict.max_new_tokens)
+        rows = preference_rows(run, seed, variant)
+        lines, problems = diagnose(rows, student, p.student, p.train, p.predict.max_new_tokens)
         print(*lines, *refuse(problems), sep='\n')
-        items = items_of(read_table(run/source), cohort_cases(run), student, get_task(p.task), p.student.max_prompt)
-        engine, work = Engine(student, TensorStore(run/'align/depth')), run/out/'work'
+        items = items_of(rows, cohort_cases(run), student, get_task(p.task), p.student.max_prompt)
+        engine, work = None if p.train.engine == 'trl' else Engine(student, TensorStore(run/'align/depth')), run/out/'work'   # a model that our engine refuses can still be trained by TRL
         logs = [(ph.loss, run_phase(student, engine, items, ph, p, work/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
         write_table(run/out/'log.parquet', long_log(logs))
         with atomic_path(run/out/'adapter') as tmp: student.model.save_pretrained(tmp)

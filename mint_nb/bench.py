@@ -8,14 +8,14 @@ __all__ = ['WAYS', 'Setting', 'bench_items', 'bench_student', 'SeparateRows', 's
            'committed', 'detail_table', 'bench_figure']
 
 # %% ../nbs/36_bench.ipynb #0003
-import json, os, resource, statistics, subprocess, sys, tempfile, time
+import json, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd, torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from .core import StudentParams, TrainParams, atomic_path, device_name, progress, read_json, versions, write_json
+from .core import StudentParams, TrainParams, device_name, progress, read_json, versions, write_json
 from .doctor import count_work
 from .engine import Engine, Item, PreferenceTrainer, TensorStore, trainer_settings, trl_rows, trl_trainer
 from .losses import Logps

@@ -6,8 +6,9 @@
 __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_json', 'read_json', 'write_jsonl', 'write_table',
            'read_table', 'digest', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress',
            'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
-           'AnalysisParams', 'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name',
-           'native_bf16', 'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
+           'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'Params', 'nest', 'resolve_params',
+           'Run', 'open_run', 'versions', 'locked', 'device_name', 'native_bf16', 'record', 'stage_key', 'run_stage',
+           'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
@@ -201,7 +202,7 @@ class StudentParams(Section):
 class TrainParams(Section):
     "Alignment."
     lr: float = 7e-4; beta: float = 0.5; epochs: float = 3; batch: int = 1
-    dpo_lr: float = 2e-5; dpo_beta: float = 0.1   # at 5e-5 and above the small student loses the format of a list
+    dpo_lr: float = 2e-5; dpo_beta: float = 0.1   # at 5e-5 the small student begins to lose the format of a list, at 2e-4 it has lost it
     schedule: Literal['wsd', 'cosine'] = 'wsd'   # of the learning rate: constant with a fall over the last fifth, or a cosine
     warmup: float = 0.1; grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for
@@ -216,6 +217,33 @@ class PredictParams(Section):
     max_new_tokens: int = 160; batch: int = 32
     constrained: tuple[str, ...] = ()   # methods that also decode with the catalogue's names only
 
+# %% ../nbs/00_core.ipynb #0034
+class RetrieveParams(Section):
+    "Looking diseases up by a note."
+    over: Literal['catalogue', 'omim'] = 'catalogue'      # whose documents are searched: those of the run's answers, or all annotated diseases
+    kind: Literal['bm25', 'dense', 'fusion'] = 'fusion'
+    encoder: str = 'minilm'         # 'minilm' (pinned wheel) or a folder in sentence-transformers form
+    reranker: Optional[str] = None  # folder of a cross-encoder that orders the head of the list again
+    leak_control: bool = False      # leave out what the case's own publication reported
+
+class ReasonParams(Section):
+    "Reasoning in steps, with or without documents."
+    contexts: int = 3               # documents in a prompt
+    context_tokens: int = 120       # each is cut there
+    max_new_tokens: int = 96        # of a step
+    batch: int = 16                 # conversations side by side
+
+class EndpointParams(Section):
+    "A big model behind an OpenAI-compatible address; the key comes from the environment."
+    url: Optional[str] = None       # for example 'http://localhost:8000/v1'
+    model: str = ''
+    key: str = 'OPENAI_API_KEY'     # name of the environment variable
+    concurrency: int = 4            # requests at the same time
+    retries: int = 6; timeout: float = 120.            # s
+    requests_a_minute: int = 0; tokens_a_minute: int = 0   # 0: no limit
+    temperature: float = 0.
+
+# %% ../nbs/00_core.ipynb #0035
 class AnalysisParams(Section):
     "Metrics and report."
     bootstrap: int = 2000           # resamples for intervals
@@ -234,9 +262,12 @@ class Params(Section):
     student: StudentParams = Field(default_factory=StudentParams)
     train: TrainParams = Field(default_factory=TrainParams)
     predict: PredictParams = Field(default_factory=PredictParams)
+    retrieve: RetrieveParams = Field(default_factory=RetrieveParams)
+    reason: ReasonParams = Field(default_factory=ReasonParams)
+    endpoint: EndpointParams = Field(default_factory=EndpointParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0035
+# %% ../nbs/00_core.ipynb #0037
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -255,7 +286,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0037
+# %% ../nbs/00_core.ipynb #0039
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -271,7 +302,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0040
+# %% ../nbs/00_core.ipynb #0042
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -289,7 +320,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0042
+# %% ../nbs/00_core.ipynb #0044
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -312,7 +343,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0045
+# %% ../nbs/00_core.ipynb #0047
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -329,7 +360,7 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0046
+# %% ../nbs/00_core.ipynb #0048
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
@@ -342,7 +373,7 @@ def native_bf16() -> bool:
     can = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
-# %% ../nbs/00_core.ipynb #0049
+# %% ../nbs/00_core.ipynb #0051
 def record(
     run: Run,      # the run folder
     entry: dict,   # with `stage` and `status`
@@ -356,7 +387,7 @@ def record(
     except OSError as e:
         if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
-# %% ../nbs/00_core.ipynb #0051
+# %% ../nbs/00_core.ipynb #0053
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -373,7 +404,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0052
+# %% ../nbs/00_core.ipynb #0054
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -399,7 +430,7 @@ def run_stage(
             record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0054
+# %% ../nbs/00_core.ipynb #0056
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -411,7 +442,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0058
+# %% ../nbs/00_core.ipynb #0060
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

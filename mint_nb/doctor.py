@@ -8,7 +8,7 @@ __all__ = ['items_from_rows', 'histogram', 'trimming', 'special_tokens', 'Work',
 
 # %% ../nbs/35_doctor.ipynb #0003
 import time
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np, torch
 
@@ -18,13 +18,17 @@ from .pairs import Problem, checks, first_difference
 from .students import Student, add_lora, load_student
 
 # %% ../nbs/35_doctor.ipynb #0006
-def items_from_rows(rows: Sequence[dict], student: Student) -> list[Item]:
-    "Items as the engine takes them, with prompts at full length."
+def items_from_rows(
+    rows: Sequence[dict],
+    student: Student,
+    prompt: Optional[Callable[[dict], list[int]]] = None,   # tokens of a row's prompt; None: as it stands, at full length
+) -> list[Item]:
+    "Items as the engine takes them, in the order of the rows."
     found: dict[str, Item] = {}
     for n, r in enumerate(rows):
         text = lambda side: student.answer_ids(r[side][0]['content'])
         key = str(r.get('case_id', n))
-        if key not in found: found[key] = Item(key, student.message_ids(list(r['prompt'])), [text('chosen')])
+        if key not in found: found[key] = Item(key, prompt(r) if prompt else student.message_ids(list(r['prompt'])), [text('chosen')])
         found[key].answers.append(text('rejected'))
     return list(found.values())
 

@@ -9,7 +9,7 @@ __all__ = ['Item', 'Row', 'lay_out', 'sees', 'dense_mask', 'block_mask', 'filled
            'trainer_settings', 'Bar', 'trl_rows', 'trl_trainer', 'train', 'StopAt']
 
 # %% ../nbs/32_engine.ipynb #0003
-import copy, os
+import copy, hashlib, os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
@@ -25,7 +25,7 @@ from transformers import DynamicCache, PrinterCallback, ProgressCallback, Traine
 from transformers.utils.notebook import NotebookProgressCallback
 
 from .core import InputError, TrainParams, atomic_path, digest, progress
-from .losses import LOSSES, Logps, Loss, Total
+from .losses import LOSSES, Logps, Total
 from .students import Student, add_lora, load_student
 
 # %% ../nbs/32_engine.ipynb #0006
@@ -331,7 +331,6 @@ def totals(items: Sequence[Item]) -> Total:
 # %% ../nbs/32_engine.ipynb #0060
 def adapter_digest(model: Any) -> str:
     "Digest of all trainable weights."
-    import hashlib
     h = hashlib.sha256()
     for n, p in sorted(model.named_parameters()):
         if p.requires_grad: h.update(n.encode()); h.update(p.detach().float().cpu().numpy().tobytes())

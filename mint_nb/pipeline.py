@@ -18,7 +18,7 @@ from typing import Any, Callable, Literal, Optional, Sequence
 
 import pandas as pd, yaml
 
-from .core import InputError, Params, Run, atomic_path, native_bf16, open_params, open_run, resolve_params, stage_done, write_table
+from .core import InputError, Params, Run, atomic_path, native_bf16, open_params, open_run, resolve_params, stage_done
 
 # %% ../nbs/60_pipeline.ipynb #0006
 STAGES = ('09_cohort', '19_upstream', '29_preferences', '39_align', '49_predict', '59_analysis')

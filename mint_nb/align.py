@@ -32,13 +32,13 @@ class Phase(NamedTuple):
 SCHEDULES = {'sft': (Phase('sft', 1.),), 'mint': (Phase('orpo', 1.),), 'dpo': (Phase('sft', .5), Phase('dpo', .5)),
              'ipo': (Phase('sft', .5), Phase('ipo', .5)), 'kto': (Phase('sft', .5), Phase('kto', .5)), 'simpo': (Phase('simpo', 1.),),
              'dpo_full': (Phase('sft', 1.), Phase('dpo', 1.)), 'mint_list': (Phase('orpo_list', 1.),),
-             'mint_note': (Phase('orpo', 1.),), 'mint_shuffled': (Phase('orpo', 1.),)}
+             'mint_note': (Phase('orpo', 1.),), 'mint_shuffled': (Phase('orpo', 1.),), 'mint_drop': (Phase('orpo', 1.),), 'sft_gold': (Phase('sft', 1.),)}
 
 def updates(
-    n_items: int, params: Params,
+    n_cases: int, params: Params,   # training cases
 ) -> int:   # optimiser steps of a method of length 1
-    "Optimiser steps: epochs times items over batch, at least one."
-    return max(1, round(params.train.epochs*n_items/params.train.batch))
+    "Optimiser steps: epochs times cases over batch, at least one."
+    return max(1, round(params.train.epochs*n_cases/params.train.batch))
 
 # %% ../nbs/39_align.ipynb #0008
 def items_of(
@@ -51,14 +51,14 @@ def items_of(
     notes = {c.id: c.note for c in cases}
     lost = next((r['case_id'] for r in rows if r['case_id'] not in notes), None)
     if lost: raise InputError('has pairs and is not in the cohort', record=lost, field='case_id')
-    return items_from_rows(rows, student, lambda r: student.prompt_ids(task, notes[r['case_id']], len(r['chosen_ids']), max_prompt))
+    return items_from_rows(rows, student, lambda r: student.prompt_ids(task, notes[r['case_id']], r['asked'], max_prompt))
 
 # %% ../nbs/39_align.ipynb #0011
 def run_phase(
     student: Student,
     engine: Optional[Engine],   # None: TRL trains
     items: Sequence[Item],
-    phase: Phase, params: Params, folder: Path, seed: int,
+    phase: Phase, steps: int, params: Params, folder: Path, seed: int,
 ) -> list[dict]:            # what was logged
     "Train one phase, or load what it left if it is already done."
     done = folder/'adapter'
@@ -66,7 +66,7 @@ def run_phase(
         set_peft_model_state_dict(student.model, load_peft_weights(str(done), device=str(student.device)))
         return read_json(folder/'log.json')
     ref = reference_logps(engine, items) if engine and LOSSES[phase.loss].reference else None
-    log = train(student, items, phase.loss, params.train, folder, max(1, round(phase.share*updates(len(items), params))), seed, ref, engine)
+    log = train(student, items, phase.loss, params.train, folder, steps, seed, ref, engine)
     write_json(folder/'log.json', log)
     with atomic_path(done) as tmp: student.model.save_pretrained(tmp)
     return log
@@ -96,9 +96,10 @@ def align(
         rows = preference_rows(run, seed, variant)
         lines, problems = diagnose(rows, student, p.student, p.train, p.predict.max_new_tokens)
         print(*lines, *refuse(problems), sep='\n')
-        items = items_of(rows, cohort_cases(run), student, get_task(p.task), p.student.max_prompt)
+        cases = cohort_cases(run)
+        items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt), updates(sum(c.split == 'train' for c in cases), p)
         engine, work = None if p.train.engine == 'trl' else Engine(student, TensorStore(run/'align/depth')), run/out/'work'   # a model that our engine refuses can still be trained by TRL
-        logs = [(ph.loss, run_phase(student, engine, items, ph, p, work/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
+        logs = [(ph.loss, run_phase(student, engine, items, ph, max(1, round(ph.share*n)), p, work/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
         write_table(run/out/'log.parquet', long_log(logs))
         with atomic_path(run/out/'adapter') as tmp: student.model.save_pretrained(tmp)
         shutil.rmtree(work)

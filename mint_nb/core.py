@@ -157,6 +157,7 @@ class CohortParams(Section):
     diseases: int = 16              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
     min_groups: int = 2             # real cohort: publications a disease needs
+    min_facial: float = 0.          # real cohort: facial findings that a disease's cases have on average, at least
     train: int = 240                # cases per split; 0: as many as there are
     calibration: int = 24
     validation: int = 24
@@ -187,7 +188,8 @@ class PairParams(Section):
     "From rankings to preference pairs."
     k: int = 4; q: int = 4          # length of chosen and rejected list
     n_rejected: int = 1             # rejected lists per case
-    gold: Literal['keep', 'first', 'drop'] = 'keep'
+    gold: Literal['keep', 'first', 'drop', 'only'] = 'keep'   # what happens to a known diagnosis, see 20_pairs
+    rejected_order: Literal['ranked', 'reversed', 'random'] = 'ranked'   # of a rejected list
     shuffle: bool = False           # permute rankings across cases (a control)
 
 class StudentParams(Section):

@@ -616,13 +616,13 @@ def load_cases(
 def answer_table(
     cases: Sequence[Case],
     label: str = 'disease',   # key of `Case.labels`
-) -> pd.DataFrame:            # index: answer; columns name (the most common one), cases, groups, with_face (share)
+) -> pd.DataFrame:            # index: answer; columns name (the most common one), cases, groups, with_face (share), facial (mean number of findings)
     "How often each answer occurs."
-    rows = [(c.labels[label], c.labels.get(f'{label}_name', c.labels[label]), c.group or c.id, bool(c.findings('portrait')))
+    rows = [(c.labels[label], c.labels.get(f'{label}_name', c.labels[label]), c.group or c.id, len(c.findings('portrait')))
             for c in cases if label in c.labels]
-    t = pd.DataFrame(rows, columns=['answer', 'name', 'group', 'face']).groupby('answer')
+    t = pd.DataFrame(rows, columns=['answer', 'name', 'group', 'facial']).assign(face=lambda t: t.facial > 0).groupby('answer')
     usual = t.name.agg(lambda n: Counter(n).most_common(1)[0][0])
-    return pd.DataFrame({'name': usual, 'cases': t.size(), 'groups': t.group.nunique(), 'with_face': t.face.mean()})
+    return pd.DataFrame({'name': usual, 'cases': t.size(), 'groups': t.group.nunique(), 'with_face': t.face.mean(), 'facial': t.facial.mean()})
 
 # %% ../nbs/04_patients.ipynb #0131
 def catalogue_of_cases(
@@ -647,9 +647,10 @@ def choose_answers(
 ) -> pd.DataFrame:       # the rows of `answer_table` that were chosen, by name
     "Choose the answers of a real cohort by seed."
     t = answer_table(cases, label)
-    enough = t[(t.cases >= params.min_cases) & (t.groups >= params.min_groups)]
+    enough = t[(t.cases >= params.min_cases) & (t.groups >= params.min_groups) & (t.facial >= params.min_facial)]
     if enough.empty:
-        raise InputError(f'no {label} has {params.min_cases} cases from {params.min_groups} groups; the most frequent has '
+        face = f' and {params.min_facial:g} facial findings on average' if params.min_facial else ''
+        raise InputError(f'no {label} has {params.min_cases} cases from {params.min_groups} groups{face}; the most frequent has '
                          f'{t.cases.max() if len(t) else 0} from {t.groups.max() if len(t) else 0}', file=params.source,
                          field='cohort.min_cases, cohort.min_groups', hint=f'{len(cases)} cases were read, {t.cases.sum()} with a {label}')
     known = enough.index.isin(ontology.diseases) if label == 'disease' else np.ones(len(enough), bool)

@@ -19,7 +19,8 @@ from .tasks import get_task
 from .upstream import teacher_rankings, upstream
 
 # %% ../nbs/29_preferences.ipynb #0005
-_VARIANTS = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True}}
+_VARIANTS = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True},
+             'mint_drop': {'gold': 'drop'}, 'sft_gold': {'gold': 'only', 'n_rejected': 1}}
 
 def variant_of(
     method: str,         # for example 'dpo' or 'mint_note'

@@ -56,6 +56,7 @@ LOOKS = {
     'mint_list': Look('MINT, list-wise', '#3b4fb8', 'student'),
     'mint_note': Look('MINT, note-only teacher', '#5d8fdb', 'control'),
     'mint_shuffled': Look('MINT, shuffled rankings', '#9dbcec', 'control'),
+    'mint_drop': Look('MINT, misses dropped', '#7aa6e8', 'control'),
     'sft_gold': Look('SFT on true answers', '#f0bf72', 'control'),
 }
 

@@ -40,6 +40,11 @@ docs: .make/env  ## execute the notebooks (cached), write README.md and the site
 bench: .make/env  ## time and memory against TRL, into benchmarks/ (about 20 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb bench
 
+CASES ?= $(if $(MINT_DATA),$(MINT_DATA)/phenopackets.zip)
+.PHONY: study
+study: .make/env  ## the study, in pieces that resume (hours); CASES=phenopackets.zip for the real cohorts
+	HF_HUB_OFFLINE=1 $(BIN)/mint-nb study $(if $(CASES),--cases $(CASES))
+
 .PHONY: export
 export: .make/env  ## clear outputs, clean, and write mint_nb/*.py from the notebooks
 	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb

@@ -209,6 +209,7 @@ class Engine:
         budget: int = 0,                       # tokens in a row; 0: 512 on a CPU, 16,384 on CUDA
         chunk: int = 128,                      # states whose logits exist at one time
         multiple: int = 0,                     # rows are filled up to a multiple of this; 0: 1 on a CPU, 512 on CUDA
+        depth: Optional[int] = None,           # layers of the frozen depth; None: those below the first trainable one
     ):
         self.student, self.model, self.store, self.chunk = student, student.model, store or TensorStore(), chunk
         self.backbone, self.head = parts_of(student.model)
@@ -216,7 +217,7 @@ class Engine:
         self.cap, self.budget = getattr(self.config, 'final_logit_softcapping', None), budget or (16384 if self.device.type == 'cuda' else 512)
         self.half, self.flex = self.head.weight.dtype == torch.bfloat16, self.device.type == 'cuda'    # half: the float32 adapter multiplies in bfloat16 too
         self.multiple = multiple or (512 if self.flex else 1)
-        self.depth = first_trainable(self.backbone)
+        self.depth = first_trainable(self.backbone) if depth is None else depth
         self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
         self.key = weights_key(self) if self.lower is not None else ''
         self.adopt()

@@ -19,8 +19,10 @@ from .tasks import Case, Catalogue, Rankings
 # %% ../nbs/03_metrics.ipynb #0007
 METRICS = {
     'top1': 'the true answer is named first',
+    'top3': 'the true answer is among the first three',
     'top5': 'the true answer is among the first five',
     'top10': 'the true answer is among the first ten, or among all named if fewer',
+    'top50': 'the true answer is among the first fifty',
     'mrr': 'one over the rank of the true answer, 0 if it is not named',
     'hfa': 'share of the listed names that exist in the catalogue',
     'hfa_all': 'all listed names exist in the catalogue',
@@ -49,13 +51,14 @@ def score_ids(
     ids: Sequence[Optional[str]],   # answer ids, most likely first; None where unresolved
     truth: Optional[str],           # id of the true answer; None: not known
     catalogue: Catalogue,
+    tops: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:              # metric to value; without a truth only what needs none
     "Score one answer list by identity."
     known = [i in catalogue for i in ids]
     out = {'hfa': float(np.mean(known)) if ids else 0.0, 'hfa_all': float(bool(ids) and all(known)), 'listed': float(len(ids))}
     if truth is None: return out
     rank = ids.index(truth) + 1 if truth in ids else np.inf
-    return {f'top{n}': float(rank <= n) for n in (1, 5, 10)} | {'mrr': 1/rank} | out
+    return {f'top{n}': float(rank <= n) for n in tops} | {'mrr': 1/rank} | out
 
 # %% ../nbs/03_metrics.ipynb #0019
 def agreement(
@@ -106,6 +109,7 @@ def score_reference(
     reference: Sequence[str],    # all known names
     t1: float = 0.9,             # least similarity with a known name
     t2: float = 0.8,             # least similarity with the true name
+    tops: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:           # the metrics of `score_ids`
     "Score one answer list by the published string rule."
     names = set(reference)
@@ -115,7 +119,7 @@ def score_reference(
     parts = [p for p in truth.split(';') if p.strip()]
     hits = [i for i, w in enumerate(written, 1) if any(name_similarity(w, p) >= t2 for p in parts)]
     rank = hits[0] if hits and any(known) else np.inf
-    return {f'top{n}': float(rank <= n) for n in (1, 5, 10)} | {'mrr': 1/rank} | out
+    return {f'top{n}': float(rank <= n) for n in tops} | {'mrr': 1/rank} | out
 
 # %% ../nbs/03_metrics.ipynb #0033
 def _truth(case: Case, label: str, catalogue: Catalogue, scoring: str) -> Optional[str]:
@@ -133,6 +137,7 @@ def score_cases(
     k: int = 5, q: int = 5,            # lengths of the teacher's head and tail
     answers: Optional[Sequence[str]] = None,   # reference list of the string rule; default: the catalogue's names
     scoring: Literal['ids', 'reference'] = 'ids',
+    tops: Sequence[int] = (1, 5, 10),  # which top-n: 3 and 50 besides, where rankings are that long
 ) -> pd.DataFrame:                     # case_id, group, metric, value
     "Score every case by itself."
     lists, reference = listed_answers(rankings), tuple(answers or catalogue.names.values())
@@ -140,7 +145,7 @@ def score_cases(
     rows = []
     for c in cases:
         (ids, written), true = lists.get(c.id, ([], [])), _truth(c, label, catalogue, scoring)
-        s = score_ids(ids, true, catalogue) if scoring == 'ids' else score_reference(written, true, reference)
+        s = score_ids(ids, true, catalogue, tops) if scoring == 'ids' else score_reference(written, true, reference, tops=tops)
         if c.id in ends: s |= agreement(ids, *ends[c.id])
         rows += [(c.id, c.group or c.id, m, s[m]) for m in METRICS if m in s]
     return pd.DataFrame(rows, columns=['case_id', 'group', 'metric', 'value'])
@@ -228,7 +233,7 @@ def score_methods(
     catalogue: Catalogue,
     label: str,                                  # key of `Case.labels`
     teachers: Optional[dict[int, Rankings]] = None,   # seed to the teacher's rankings, head and tail
-    **kw,                                        # of `score_cases`: k, q, scoring
+    **kw,                                        # of `score_cases`: k, q, scoring, tops
 ) -> pd.DataFrame:                               # method, seed, case_id, group, metric, value
     "Score every method and seed, case by case."
     ids, out, teachers = {c.id for c in cases}, [], teachers or {}

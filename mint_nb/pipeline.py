@@ -19,6 +19,7 @@ from typing import Any, Callable, Literal, Optional, Sequence
 import pandas as pd, yaml
 
 from .core import InputError, Params, Run, atomic_path, native_bf16, open_params, open_run, resolve_params, stage_done
+from .tasks import method_name
 
 # %% ../nbs/60_pipeline.ipynb #0006
 STAGES = ('09_cohort', '19_upstream', '29_preferences', '39_align', '49_predict', '59_analysis')
@@ -53,7 +54,7 @@ def students(
     params: Params,   # of the run
 ) -> list[str]:       # methods to train, in order, each once
     "The methods of a run that need training."
-    return list(dict.fromkeys(m for m in (m.removesuffix('_constrained') for m in params.methods) if m in ALIGNED))
+    return list(dict.fromkeys(m for m in (method_name(m).model for m in params.methods) if m in ALIGNED))
 
 # %% ../nbs/60_pipeline.ipynb #0013
 def plan(
@@ -64,7 +65,7 @@ def plan(
     steps += [Step('19_upstream', f'upstream/{s}', {'seed': s}) for s in seeds]
     if students(params): steps += [Step('29_preferences', f'preferences/mint-{s}', {'seed': s}) for s in seeds]
     steps += [Step('39_align', f'align/{m}-{s}', {'method': m, 'seed': s}) for s in seeds for m in students(params)]
-    trained = lambda m, s: f"align/{m.removesuffix('_constrained')}-{s}" if m.removesuffix('_constrained') in ALIGNED else ''
+    trained = lambda m, s: f'align/{method_name(m).model}-{s}' if method_name(m).model in ALIGNED else ''
     steps += [Step('49_predict', f'predict/{m}-{s}', {'method': m, 'seed': s}, trained(m, s)) for s in seeds for m in params.methods]
     return steps + [Step('59_analysis', 'analysis')]
 
@@ -97,8 +98,9 @@ def work_seconds(
     if step.notebook == '39_align':
         tokens = p.cohort.train*p.train.epochs*(.7*p.student.max_prompt + (1 + p.pairs.n_rejected)*15*p.pairs.k)     # a name has about 15 tokens
         return tokens/v['train']/faster*LEARNS.get(step.values['method'], 1.)
-    if step.notebook == '49_predict' and (step.values['method'].removesuffix('_constrained') in (*ALIGNED, 'base')):
-        return p.cohort.test*15*p.pairs.k/v['write']/faster
+    if step.notebook == '49_predict' and (m := method_name(step.values['method'])).model in (*ALIGNED, 'base'):
+        steps = {'': 15*p.pairs.k/p.reason.max_new_tokens, 'rag': 1, 'rag_cot': 2}.get(m.protocol, 5)     # answers of this length, at most
+        return p.cohort.test*steps*p.reason.max_new_tokens/v['write']/faster
     return 1.
 
 # %% ../nbs/60_pipeline.ipynb #0021

@@ -15,7 +15,7 @@ import pandas as pd, yaml
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
 from .core import InputError, Run, atomic_path, read_json, read_table, run_stage, write_json
 from .pairs import Problem, checks, make_pairs, pair_summary, refuse
-from .tasks import get_task
+from .tasks import get_task, method_name
 from .upstream import teacher_rankings, upstream
 
 # %% ../nbs/29_preferences.ipynb #0005
@@ -26,8 +26,9 @@ def variant_of(
     method: str,         # for example 'dpo' or 'mint_note'
 ) -> Optional[str]:      # a preference variant, or None when the method is not trained
     "The preference dataset that a method is trained on."
-    if method.removesuffix('_constrained') in ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo'): return 'mint'
-    return method.removesuffix('_constrained') if method.removesuffix('_constrained') in _VARIANTS else None
+    model = method_name(method).model
+    if model in ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo'): return 'mint'
+    return model if model in _VARIANTS else None
 
 # %% ../nbs/29_preferences.ipynb #0008
 def dataset_card(

@@ -65,11 +65,12 @@ def subgroup_table(run: Run, per_case: pd.DataFrame, cases: list[Case]) -> pd.Da
     return pd.concat(out, ignore_index=True)
 
 def omim_table(run: Run, cases: list[Case]) -> pd.DataFrame:
-    "Top-n accuracy of the rankers that chose among all of OMIM; empty if none ran."
+    "Top-n accuracy of the rankers that chose among all of OMIM, or all its genes; empty if none ran."
     files = {(p.stem.removeprefix('omim-').partition('-')[0], 0): p for p in sorted((run/'predictions').glob('omim-*.parquet'))}
     if not files: return pd.DataFrame(columns=['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups'])
-    scored = score_methods({k: read_table(p) for k, p in files.items()}, cases, cohort_catalogue(run), get_task(run.params.task).label)
-    return results_table(scored[scored.metric.isin(['top1', 'top5', 'top10', 'mrr'])], run.params.analysis.bootstrap)
+    tops, label = (1, 3, 5, 10, 50), get_task(run.params.task).label
+    scored = score_methods({k: read_table(p) for k, p in files.items()}, cases, cohort_catalogue(run), label, tops=tops)
+    return results_table(scored[scored.metric.isin([*(f'top{n}' for n in tops), 'mrr'])], run.params.analysis.bootstrap)
 
 # %% ../nbs/59_analysis.ipynb #0011
 def _results_section(run: Run, tables: dict, footer: str) -> str:
@@ -89,10 +90,11 @@ def _small_tables(run: Run, tables: dict, footer: str) -> str:
     text = 'Cases apart by whether the portrait shows any finding: only there can a second view add a named sign.'
     html = section('With and without a visible sign', para(text), *out) if len(out) > 1 else ''
     if not len(tables['omim']): return html
-    wide = results_wide(tables['omim'], ('top1', 'top5', 'top10'), simulated)
-    text = ('Here the candidates are all diseases of OMIM that the annotation file knows. Leak-controlled: without the annotations that rest on the '
+    wide = results_wide(tables['omim'], ('top1', 'top3', 'top10', 'top50'), simulated)
+    what, where = {'gene': ('all genes with a disease', 'Among all genes')}.get(run.params.task, ('all diseases of OMIM', 'Among all of OMIM'))
+    text = (f'Here the candidates are {what} that the annotation file knows. Leak-controlled: without the annotations that rest on the '
             'case’s own publication alone; strictly: also without those that it shares with others. Simulated patients have no publication.')
-    return html + section('Among all of OMIM', para(text), table_html(wide, f'{footer}, per cent with 95 % intervals.'))
+    return html + section(where, para(text), table_html(wide, f'{footer}, per cent with 95 % intervals.'))
 
 # %% ../nbs/59_analysis.ipynb #0012
 def make_report(run: Run, answers: dict, tables: dict, cases: list[Case]) -> None:

@@ -154,6 +154,7 @@ class Section(BaseModel):
 class CohortParams(Section):
     "Which patients."
     source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, or a GMDB folder; None simulates
+    test_source: Optional[str] = None   # real cohort: test cases from another file; their publications leave the source
     diseases: int = 16              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
     min_groups: int = 2             # real cohort: publications a disease needs

@@ -10,8 +10,8 @@ __all__ = ['PHENOTYPE', 'NAME_LENGTH', 'FACIAL', 'OTHER', 'MISSED', 'IMPRECISE',
            'choose_for_note', 'say', 'view_of', 'add_note', 'write_note', 'split_sizes', 'fair_share', 'split_by_group',
            'check_splits', 'simulate_patient', 'simulate_cohort', 'InputWarning', 'documents', 'age_in_years',
            'read_findings', 'parse_phenopacket', 'parse_note', 'load_phenopackets', 'gmdb_table', 'load_gmdb',
-           'load_cases', 'answer_table', 'catalogue_of_cases', 'choose_answers', 'select_cases', 'hide_labels',
-           'names_answer', 'file_name', 'use_embeddings', 'cohort_card', 'describe_cohort']
+           'load_cases', 'answer_table', 'catalogue_of_cases', 'choose_answers', 'select_cases', 'outside_test',
+           'hide_labels', 'names_answer', 'file_name', 'use_embeddings', 'cohort_card', 'describe_cohort']
 
 # %% ../nbs/04_patients.ipynb #0003
 import gzip, itertools, json, re, zipfile, zlib
@@ -666,9 +666,25 @@ def select_cases(
 ) -> list[Case]:         # with `split` set
     "The cases of the chosen answers, split by group and capped."
     mine = [c for c in cases if c.labels.get(label) in answers.index]
-    return split_by_group(mine, {s: getattr(params, s) for s in SHARES}, params.seed, label)
+    return split_by_group(mine, {s: getattr(params, s) for s in SHARES if s != 'test' or not params.test_source}, params.seed, label)
 
-# %% ../nbs/04_patients.ipynb #0141
+# %% ../nbs/04_patients.ipynb #0139
+def outside_test(
+    cases: Sequence[Case],     # of the first source
+    outside: Sequence[Case],   # of the other
+    answers: pd.DataFrame,     # from `answer_table`, the chosen rows
+    n: int,                    # test cases; 0: all
+    seed: int = 0,
+    label: str = 'disease',
+) -> tuple[list[Case], list[Case]]:   # what is left of the first source, test cases
+    "Choose test cases from another source, and keep what they show out of training."
+    test = [replace(c, split='test') for c in outside if c.labels.get(label) in answers.index]
+    test = _trim(test, n or len(test), lambda c: c.labels[label], np.random.default_rng(seed))
+    groups, ids = {c.group for c in test}, {c.id for c in test}
+    left = [c for c in cases if c.group not in groups and c.id not in ids]
+    return left, [c for c in test if any(l.labels.get(label) == c.labels[label] for l in left)]
+
+# %% ../nbs/04_patients.ipynb #0144
 def hide_labels(
     cases: Sequence[Case],
     share: float,        # of training cases that keep their labels
@@ -679,19 +695,19 @@ def hide_labels(
     hidden = {train[i] for i in np.random.default_rng(seed).permutation(len(train))[round(share*len(train)):]}
     return [replace(c, labels={}) if c.id in hidden else c for c in cases], {c.id: c.labels for c in cases if c.id in hidden}
 
-# %% ../nbs/04_patients.ipynb #0144
+# %% ../nbs/04_patients.ipynb #0147
 def names_answer(case: Case) -> bool:
     "Does the note name the case's own disease or gene?"
     text = f' {normalise(case.note)} '
     return any(f' {normalise(case.labels[k])} ' in text for k in ('disease_name', 'gene') if case.labels.get(k))
 
-# %% ../nbs/04_patients.ipynb #0147
+# %% ../nbs/04_patients.ipynb #0150
 def file_name(case_id: str) -> str:
     "A case id as a file name: anything unusual is replaced, and a digest keeps such names apart."
     plain = re.sub(r'[^\w.-]', '_', case_id).strip('.')
     return plain if plain == case_id and len(plain) < 100 else f'{plain[:80]}-{digest(case_id)[:8]}'
 
-# %% ../nbs/04_patients.ipynb #0149
+# %% ../nbs/04_patients.ipynb #0152
 def use_embeddings(
     cases: Sequence[Case],
     table: Path | str,    # Parquet: case_id, e0, e1, ...
@@ -709,7 +725,7 @@ def use_embeddings(
         out.append(replace(c, image=f'images/{file_name(c.id)}.npy' if c.id in rows else None))
     return out
 
-# %% ../nbs/04_patients.ipynb #0152
+# %% ../nbs/04_patients.ipynb #0155
 def cohort_card(
     cases: Sequence[Case],
     catalogue: Catalogue,
@@ -728,7 +744,7 @@ def cohort_card(
     return {'cases': len(cases), 'groups': t.group.nunique(), 'splits': splits, 'characters_per_note': round(t.characters.mean(), 1), 'warnings': warn,
             'answers': [dict(id=a, name=catalogue.names[a], **{s: int(n) for s, n in per.loc[a].items()}) for a in catalogue.ids]}
 
-# %% ../nbs/04_patients.ipynb #0153
+# %% ../nbs/04_patients.ipynb #0156
 def describe_cohort(
     card: dict,   # from `cohort_card`, with the facts about the source added
 ) -> str:

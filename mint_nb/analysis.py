@@ -38,8 +38,9 @@ def training_log(run: Run, answers: dict) -> pd.DataFrame:
 def cohort_name(run: Run, n: int = 0) -> str:
     "What the cohort is called: the column of the tables, or with `n` the footer of every figure."
     source, noun = run.params.cohort.source, 'tiles' if run.params.task == 'tissue' else 'patients'
-    if not n: return Path(source).stem if source else 'simulated'
-    return f'{n} {noun} from {Path(source).stem}' if source else f'{n} simulated {noun}'
+    name = Path(source.removesuffix('.gz')).stem if source else 'simulated'
+    if not n: return name
+    return f'{n} {noun} from {name}' if source else f'{n} simulated {noun}'
 
 # %% ../nbs/59_analysis.ipynb #0007
 def score_run(run: Run, answers: dict[tuple[str, int], Rankings], cases: list[Case]) -> pd.DataFrame:

@@ -67,6 +67,7 @@ def genes_of_disease(
     "The genes of a disease; a few have an NCBI Gene id and no symbol ('-'), and cannot be named."
     return list(dict.fromkeys(symbol for _, symbol in ontology.genes(disease_id) if symbol != '-'))
 
+# %% ../nbs/11_matching.ipynb #0019
 def diseases_of_genes(
     ontology: Ontology,
 ) -> dict[str, list[str]]:   # symbol, or NCBI Gene id, to OMIM ids
@@ -78,7 +79,7 @@ def diseases_of_genes(
             for g in dict.fromkeys(names): ontology._by_gene.setdefault(g, []).append(d)
     return ontology._by_gene
 
-# %% ../nbs/11_matching.ipynb #0020
+# %% ../nbs/11_matching.ipynb #0023
 class GeneCatalogue(Catalogue):
     "Genes by symbol: right to the letter, with or without an explanation behind."
     def __init__(self, names: dict[str, str], synonyms: Optional[dict[str, list[str]]] = None, threshold: float = 1.0):
@@ -89,16 +90,17 @@ class GeneCatalogue(Catalogue):
         "Find the gene that a written name means."
         found = super().resolve(name)
         if found.id: return found
-        m = re.match(r'\W*([A-Z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*)\s*(?:[(\[:;,/–—]|- |gene\b)', str(name))
+        m = re.match(r'''\W*([A-Z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*)['"`*_\s]*(?:[(\[:;,/–—]|- |gene\b)''', str(name))
         return Resolved(self._symbols[m[1]], 'exact', 1.0) if m and m[1] in self._symbols else found
 
-# %% ../nbs/11_matching.ipynb #0023
+# %% ../nbs/11_matching.ipynb #0026
 def _descriptors(obj: Any) -> Iterator[tuple[str, str]]:
     "Symbol and id of every gene descriptor inside a phenopacket."
     if isinstance(obj, dict):
         if isinstance(obj.get('symbol'), str) and str(obj.get('valueId', '')).startswith('HGNC:'): yield obj['symbol'], obj['valueId']
     for x in obj.values() if isinstance(obj, dict) else obj if isinstance(obj, list) else (): yield from _descriptors(x)
 
+# %% ../nbs/11_matching.ipynb #0028
 def gene_names(
     source: Path | str,          # phenopackets (as for `load_cases`), or HGNC's table (.txt, .tsv)
 ) -> dict[str, list[str]]:       # symbol to HGNC id, then aliases and former symbols as far as the source has them
@@ -108,7 +110,7 @@ def gene_names(
     split = lambda text: [n for n in text.strip('"').split('|') if n]
     return {s: [i, *split(a), *split(p)] for i, s, a, p in zip(t.hgnc_id, t.symbol, t.alias_symbol, t.prev_symbol)}
 
-# %% ../nbs/11_matching.ipynb #0026
+# %% ../nbs/11_matching.ipynb #0031
 def gene_catalogue(
     ontology: Ontology,
     symbols: Optional[Sequence[str]] = None,   # None: all genes with an annotated disease
@@ -122,6 +124,7 @@ def gene_catalogue(
         if s in ncbi and i not in ncbi[s]: ncbi[s].append(i)
     return GeneCatalogue({s: s for s in symbols}, {s: [*names.get(s, ()), *ncbi[s]] for s in symbols})
 
+# %% ../nbs/11_matching.ipynb #0034
 def gene_id(
     catalogue: Catalogue,
     symbol: str,
@@ -130,7 +133,7 @@ def gene_id(
     ids = [s for s in catalogue.synonyms.get(symbol, ()) if s.startswith(('HGNC:', 'NCBIGene:'))]
     return ids[0] if ids else symbol
 
-# %% ../nbs/11_matching.ipynb #0030
+# %% ../nbs/11_matching.ipynb #0038
 def answer_diseases(
     ontology: Ontology,
     catalogue: Catalogue,               # ids are OMIM ids, or genes: a symbol or NCBI Gene id as id, name or synonym
@@ -142,7 +145,7 @@ def answer_diseases(
     groups = [[i] if i.startswith('OMIM:') else of(i) for i in catalogue.ids]
     return [d for g in groups for d in g], np.cumsum([0] + [len(g) for g in groups[:-1]])
 
-# %% ../nbs/11_matching.ipynb #0033
+# %% ../nbs/11_matching.ipynb #0041
 def genes_from_diseases(
     rankings: Rankings,     # over diseases
     ontology: Ontology,
@@ -159,7 +162,7 @@ def genes_from_diseases(
         rows += [dict(case_id=case_id, rank=r, answer_id=i, written=catalogue.names[i], score=s) for r, (i, s) in enumerate(list(first.items())[:top], 1)]
     return make_rankings(rows)
 
-# %% ../nbs/11_matching.ipynb #0036
+# %% ../nbs/11_matching.ipynb #0044
 def background_frequencies(
     ontology: Ontology,
 ) -> np.ndarray:           # (terms,) between 1/D and 0.99
@@ -169,7 +172,7 @@ def background_frequencies(
         ontology._background = np.clip(np.asarray(F.mean(axis=0)).ravel(), 1/F.shape[0], .99).astype(np.float32)
     return ontology._background
 
-# %% ../nbs/11_matching.ipynb #0038
+# %% ../nbs/11_matching.ipynb #0046
 def log_ratios(
     frequencies: sparse.csr_matrix,   # (D, T) P(t | d)
     background: np.ndarray,           # (T,) P(t)
@@ -180,7 +183,7 @@ def log_ratios(
     W.data = np.log1p((1 - noise)/noise*W.data/background[W.indices])
     return W
 
-# %% ../nbs/11_matching.ipynb #0042
+# %% ../nbs/11_matching.ipynb #0050
 def log_absence(
     frequencies: sparse.csr_matrix,   # (D, T) P(t | d)
     background: np.ndarray,           # (T,) P(t)
@@ -191,7 +194,7 @@ def log_absence(
     A.data = np.log1p(-(1 - noise)*A.data/(1 - noise*background[A.indices]))
     return A
 
-# %% ../nbs/11_matching.ipynb #0045
+# %% ../nbs/11_matching.ipynb #0053
 def evidence_tables(
     frequencies: sparse.csr_matrix,   # (D, T) P(t | d)
     background: np.ndarray,           # (T,) P(t)
@@ -202,7 +205,7 @@ def evidence_tables(
     makers = (log_ratios, log_absence)[:1 + use_excluded]
     return [make(frequencies, background, noise).T.tocsr() for make in makers]
 
-# %% ../nbs/11_matching.ipynb #0048
+# %% ../nbs/11_matching.ipynb #0056
 class NaiveBayesRanker:
     "Rank answers by the evidence of a case's findings, from annotation frequencies."
     def __init__(self,
@@ -221,7 +224,7 @@ class NaiveBayesRanker:
         self.diseases, self.starts = answer_diseases(ontology, catalogue)
         self.tables = evidence_tables(ontology.frequencies(self.diseases), self.background, noise, use_excluded)
 
-# %% ../nbs/11_matching.ipynb #0051
+# %% ../nbs/11_matching.ipynb #0059
 @patch
 def scores(self: NaiveBayesRanker,
     cases: Sequence[Case],   # n cases
@@ -246,7 +249,7 @@ def _forget(self: NaiveBayesRanker, cases: Sequence[Case], X: list, S: np.ndarra
         new = sum(x[rows[g]] @ t[:, [n]] for x, t in zip(X, tables)).toarray()
         S[np.ix_(rows[g], position[d])] = new
 
-# %% ../nbs/11_matching.ipynb #0055
+# %% ../nbs/11_matching.ipynb #0063
 def rank_in_blocks(
     ranker,                  # has `scores`, `catalogue`
     cases: Sequence[Case],
@@ -262,7 +265,7 @@ def rank_in_blocks(
         out.append(rankings_from_scores([c.id for c in part], S, ranker.catalogue, top, bottom, softmax(S, axis=1) if probabilities else None))
     return pd.concat(out, ignore_index=True) if out else rankings_from_scores([], np.zeros((0, len(ranker.catalogue))), ranker.catalogue)
 
-# %% ../nbs/11_matching.ipynb #0058
+# %% ../nbs/11_matching.ipynb #0066
 @patch
 def evidence(self: NaiveBayesRanker,
     case: Case,
@@ -273,13 +276,13 @@ def evidence(self: NaiveBayesRanker,
     w = self.tables[0][:, [j]].toarray().ravel()[X.indices] + np.log(self.noise)
     return sorted(((self.ontology.terms[t], float(x)) for t, x in zip(X.indices, w)), key=lambda e: (-e[1], e[0]))
 
-# %% ../nbs/11_matching.ipynb #0061
+# %% ../nbs/11_matching.ipynb #0069
 @patch
 def rank(self: NaiveBayesRanker, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
     "Rank by evidence; `prob` is the posterior when all answers are equally likely beforehand."
     return rank_in_blocks(self, cases, top, bottom, probabilities=True)
 
-# %% ../nbs/11_matching.ipynb #0068
+# %% ../nbs/11_matching.ipynb #0076
 def best_known(
     terms: Sequence[str],         # terms that cases have
     known: sparse.csc_matrix,     # (D, T), nonzero where the disease has the term or something below it
@@ -297,7 +300,7 @@ def best_known(
         best[t] = row
     return np.stack([best[t] for t in terms]) if len(terms) else np.zeros((0, known.shape[0]), np.float32)
 
-# %% ../nbs/11_matching.ipynb #0070
+# %% ../nbs/11_matching.ipynb #0078
 class ResnikRanker:
     "Rank answers by the mean Resnik similarity of a case's findings to each disease."
     def __init__(self,
@@ -323,7 +326,7 @@ class ResnikRanker:
         "Rank by similarity."
         return rank_in_blocks(self, cases, top, bottom)
 
-# %% ../nbs/11_matching.ipynb #0074
+# %% ../nbs/11_matching.ipynb #0082
 class LinearRanker:
     "Logistic regression from ancestor-closed findings to answers."
     def __init__(self, model, columns, ontology, catalogue, view='note', name=None):
@@ -345,11 +348,12 @@ class LinearRanker:
         y = np.array([catalogue.index[c.labels[label]] for c in cases])
         if len(set(y)) < 2: raise InputError(f'a linear model needs cases of two answers, there are {len(set(y))}', field=f'labels.{label}')
         X = close_upwards(finding_matrix(cases, ontology, view), ontology)
+        if not X.nnz: raise InputError('no training case has a finding, and a linear model reads findings, not notes', field='phenotypes', hint='leave the method out')
         columns = np.unique(X.indices)
         model = LogisticRegression(C=C, max_iter=300, random_state=seed).fit(X[:, columns], y)
         return cls(model, columns, ontology, catalogue, view)
 
-# %% ../nbs/11_matching.ipynb #0078
+# %% ../nbs/11_matching.ipynb #0086
 @patch
 def scores(self: LinearRanker,
     cases: Sequence[Case],   # n cases

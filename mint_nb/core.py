@@ -234,6 +234,7 @@ class ReasonParams(Section):
     contexts: int = 3               # documents in a prompt
     context_tokens: int = 120       # each is cut there
     max_new_tokens: int = 96        # of a step
+    answer_tokens: int = 0          # of a final list; 0: as for a step
     batch: int = 16                 # conversations side by side
 
 class EndpointParams(Section):

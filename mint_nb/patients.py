@@ -51,7 +51,7 @@ def eligible_diseases(ontology: Ontology) -> pd.DataFrame:
         found = phenotype_findings(ontology, d)
         if 2*sum(p != UNSTATED for _, p in found) < len(found): continue
         face = sum(p for t, p in found if ontology.is_facial(t))
-        genes = [g for _, g in ontology.genes(d)] or ['']
+        genes = [g for _, g in ontology.genes(d) if g != '-'] or ['']     # some NCBI genes have no symbol
         rows.append((d, name, series(name), face, sum(p for _, p in found) - face, genes[0]))
     t = pd.DataFrame(rows, columns=['disease_id', 'name', 'series', 'facial', 'other', 'gene'])
     return t[(t.facial >= FACIAL) & (t.other >= OTHER)].reset_index(drop=True)
@@ -347,7 +347,7 @@ def simulate_patient(
     seed: int = 0,
 ) -> Case:                                    # with findings, without a note
     "Draw one patient of a disease."
-    rng, found, genes = case_rng(seed, case_id), phenotype_findings(ontology, disease_id), ontology.genes(disease_id)
+    rng, found, genes = case_rng(seed, case_id), phenotype_findings(ontology, disease_id), [g for g in ontology.genes(disease_id) if g[1] != '-']
     sex, age = ('female', 'male')[rng.integers(2)], round(float(np.exp(rng.uniform(np.log(.3), np.log(17)))), 1)
     for _ in range(50):
         present = draw_findings(found, ontology, noise, backdrop, sex, rng)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['frequency_group', 'disease_facts', 'Document', 'write_document', 'documents', 'words_of', 'WordIndex', 'minilm_wheel',
            'minilm_folder', 'Encoder', 'reciprocal_rank_fusion', 'standardised_sum', 'word_index', 'document_vectors',
-           'Retriever', 'whole_catalogue', 'Reranker', 'note_query', 'findings_query', 'RetrievalRanker']
+           'Retriever', 'whole_shelf', 'whole_catalogue', 'Reranker', 'note_query', 'findings_query', 'RetrievalRanker',
+           'true_ranks', 'recall_table', 'tells_diagnosis', 'retrieval_rankers', 'retrieval_table', 'search_speed']
 
 # %% ../nbs/40_retrieve.ipynb #0003
 import hashlib, os, re, subprocess, sys, tempfile, time, zipfile
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from .core import InputError, RetrieveParams, atomic_path, cache_dir, digest, file_digest, locked, progress, read_json, write_json
+from .findings import Extractor, is_tuning, with_extracted
 from .matching import NaiveBayesRanker, answer_diseases, catalogue_of, rank_in_blocks
 from .metrics import grouped_bootstrap
 from .ontology import Ontology, pool_annotations
@@ -295,16 +297,22 @@ class Retriever:
         self.position = {d: i for i, d in enumerate(dict.fromkeys(d for d in found if d in ontology.diseases))}
         if not self.position: raise InputError('none of the answers has a disease in the annotation file', field='catalogue')
         self.columns, self.diseases = np.array([self.position.get(d, len(self.position)) for d in found]), list(self.position)
-        shelf = documents(ontology, list(ontology.diseases))
-        self.words, place = word_index([d.text for d in shelf]), {d.id: i for i, d in enumerate(shelf)}
-        self.shelf = [place[d] for d in self.diseases]                         # where the searched documents stand among all
-        self.documents = [shelf[i] for i in self.shelf]
+        shelf, self.words = whole_shelf(ontology)
+        self.shelf = [shelf[d][0] for d in self.diseases]                      # where the searched documents stand among all
+        self.documents = [shelf[d][1] for d in self.diseases]
         self.encoder = (encoder or Encoder.load(params.encoder)) if params.kind != 'bm25' else None
         self.vectors = document_vectors([d.text for d in self.documents], self.encoder) if self.encoder else None
         self.reranker, self._forgotten = params.reranker and Reranker.load(params.reranker), {}
     def __repr__(self): return f'Retriever({len(self.catalogue)} answers, {len(self.documents)} documents, {self.params.kind})'
 
 # %% ../nbs/40_retrieve.ipynb #0047
+def whole_shelf(ontology: Ontology) -> tuple[dict[str, tuple[int, Document]], WordIndex]:
+    "Place and document of every annotated disease, and the index of their words; made once for an ontology."
+    if not hasattr(ontology, '_shelf'):
+        shelf = documents(ontology, list(ontology.diseases))
+        ontology._shelf = {d.id: (i, d) for i, d in enumerate(shelf)}, word_index([d.text for d in shelf])
+    return ontology._shelf
+
 def whole_catalogue(ontology: Ontology, like: Catalogue) -> Catalogue:
     "All annotated diseases, or all their genes if the answers are genes."
     if all(i.startswith('OMIM:') for i in like.ids): return catalogue_of(ontology)
@@ -435,3 +443,86 @@ class RetrievalRanker:
     def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
         "Rank by score."
         return rank_in_blocks(self, cases, top, bottom, block=200)
+
+# %% ../nbs/40_retrieve.ipynb #0070
+def true_ranks(
+    S: np.ndarray,             # (n, N) scores
+    cases: Sequence[Case],
+    catalogue: Catalogue,
+    label: str = 'disease',
+) -> np.ndarray:               # (n,) rank of the true answer, the last among equals
+    "Where the true answer stands."
+    true = np.array([catalogue.index[c.labels[label]] for c in cases], dtype=int)
+    return (S >= S[np.arange(len(S)), true][:, None]).sum(1)
+
+def recall_table(
+    ranks: np.ndarray,                       # (n,) from `true_ranks`
+    groups: Sequence[str],                   # of each case
+    at: Sequence[int] = (1, 3, 10, 50),
+    bootstrap: int = 2000,                   # resamples
+) -> pd.DataFrame:                           # metric, value, lo, hi, n, groups
+    "Recall at several lengths, with 95 % intervals by group."
+    rows = [(f'recall@{k}', *grouped_bootstrap(ranks <= k, groups, bootstrap), len(ranks), len(set(groups))) for k in at]
+    return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
+
+# %% ../nbs/40_retrieve.ipynb #0073
+def tells_diagnosis(case: Case) -> bool:
+    "Does the note hold the first phrase of the disease's name, or the gene's symbol?"
+    first = re.sub(r'(?:\s+(?:type\s+)?(?:\d+\w?|[IVX]+\w?))?$', '', case.labels.get('disease_name', '').split(',')[0].split(';')[0].strip())
+    text, names = f' {normalise(case.note)} ', [first, case.labels.get('gene', '')]
+    return any(n and f' {normalise(n)} ' in text for n in names)
+
+# %% ../nbs/40_retrieve.ipynb #0076
+_CONTROLS = {'plain': (False, False), 'clean': (True, False), 'strict': (True, True)}   # leak control, strict
+
+def retrieval_rankers(
+    ontology: Ontology,
+    control: Literal['plain', 'clean', 'strict'],
+    encoder: Encoder,
+    answers: Optional[Catalogue] = None,   # None: all annotated OMIM diseases
+) -> list:                                 # rankers, each for cases with extracted findings
+    "The methods of the comparison."
+    answers, (leak, strict) = answers or catalogue_of(ontology), _CONTROLS[control]
+    make = lambda kind, fusion='scores': Retriever(ontology, answers, RetrieveParams(kind=kind, leak_control=leak), fusion, strict, encoder)
+    both = make('fusion')
+    return [RetrievalRanker(make('bm25'), name='bm25'), RetrievalRanker(make('dense'), name='dense'), RetrievalRanker(both, name='fusion'),
+            RetrievalRanker(make('fusion', 'rrf'), name='fusion_rrf'), RetrievalRanker(both, findings_query, 'fusion_findings'),
+            NaiveBayesRanker(ontology, answers, leak_control='strict' if strict else leak, name='naive_bayes_findings')]
+
+# %% ../nbs/40_retrieve.ipynb #0077
+def retrieval_table(
+    cases: Sequence[Case],                    # with notes and diagnoses
+    ontology: Ontology,
+    encoder: Optional[Encoder] = None,
+    answers: Optional[Catalogue] = None,      # None: all annotated OMIM diseases
+    bootstrap: int = 2000,
+) -> pd.DataFrame:                            # control, notes, method, metric, value, lo, hi, n, groups
+    "Retrieval on notes beside naive Bayes on extracted findings."
+    answers, encoder = answers or catalogue_of(ontology), encoder or Encoder.load()
+    some = [c for c in cases if c.labels.get('disease') in answers and not is_tuning(c)]
+    if not some: raise InputError('no case has a diagnosis that is annotated', field='labels.disease')
+    read = [with_extracted(c, e) for c, e in zip(some, Extractor(ontology).extract([c.note for c in some]))]
+    silent, out = np.array([not tells_diagnosis(c) for c in some]), []
+    for control in _CONTROLS:
+        for ranker in retrieval_rankers(ontology, control, encoder, answers):
+            ranks = np.concatenate([true_ranks(ranker.scores(read[i:i + 200]), read[i:i + 200], answers) for i in range(0, len(read), 200)])
+            for notes, mask in (('all', np.ones(len(some), bool)), ('diagnosis not told', silent)):
+                if not mask.any(): continue
+                t = recall_table(ranks[mask], [c.group for c, m in zip(some, mask) if m], bootstrap=bootstrap)
+                out.append(t.assign(control=control, notes=notes, method=ranker.name))
+    return pd.concat(out, ignore_index=True)[['control', 'notes', 'method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
+
+# %% ../nbs/40_retrieve.ipynb #0081
+def search_speed(
+    retriever: Retriever,
+    queries: Sequence[str],
+) -> dict[str, float]:      # queries a second: condensing and encoding, the rest, and all; threads used
+    "Measure how many queries a second a retriever answers."
+    retriever.search(queries[:64])
+    clock = [time.perf_counter()]
+    retriever.search(queries); clock.append(time.perf_counter())
+    if retriever.encoder: retriever.encoder.encode([retriever.words.condense(q) for q in queries], 'query')
+    clock.append(time.perf_counter())
+    whole, encoding = np.diff(clock)
+    out = {'all': len(queries)/whole, 'search': len(queries)/max(whole - encoding, 1e-9), 'threads': torch.get_num_threads()}
+    return out | ({'encoder': len(queries)/encoding} if retriever.encoder else {})

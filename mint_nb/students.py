@@ -99,11 +99,13 @@ class Student:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)['input_ids']
 
-    def answer_ids(self, text: str) -> list[int]:
-        "Token ids of an answer, with the end token."
-        return self.tokenizer(text, add_special_tokens=False)['input_ids'] + [self.eos_id]
+# %% ../nbs/30_students.ipynb #0017
+@patch
+def answer_ids(self: Student, text: str) -> list[int]:
+    "Token ids of an answer, with the end token."
+    return self.tokenizer(text, add_special_tokens=False)['input_ids'] + [self.eos_id]
 
-# %% ../nbs/30_students.ipynb #0018
+# %% ../nbs/30_students.ipynb #0019
 @patch
 def prompt_ids(self: Student,
     task: Task, note: str, k: int,   # what is asked about whom
@@ -118,7 +120,7 @@ def prompt_ids(self: Student,
         ids = self.message_ids(task.prompt(' '.join(words), k, paper))
     return ids
 
-# %% ../nbs/30_students.ipynb #0020
+# %% ../nbs/30_students.ipynb #0021
 def tiny_model(
     vocab: int,      # size of the tokenizer
     seed: int = 0,
@@ -132,12 +134,12 @@ def unsloth_usable() -> bool:
     "Unsloth imports without a GPU but cannot train there, so both are asked for."
     return torch.cuda.is_available() and find_spec('unsloth') is not None
 
-# %% ../nbs/30_students.ipynb #0022
+# %% ../nbs/30_students.ipynb #0023
 def weights_dtype(precision: Literal['auto', 'fp32', 'bf16'] = 'auto') -> torch.dtype:
     "Number format of the frozen weights and of matrix products."
     return torch.bfloat16 if precision == 'bf16' or (precision == 'auto' and native_bf16()) else torch.float32
 
-# %% ../nbs/30_students.ipynb #0024
+# %% ../nbs/30_students.ipynb #0025
 def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     "Model and tokenizer from a folder or hub id."
     try:
@@ -151,7 +153,7 @@ def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype) -> tupl
         raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,
                          hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'") from e
 
-# %% ../nbs/30_students.ipynb #0025
+# %% ../nbs/30_students.ipynb #0026
 def load_student(
     name: str = 'smollm2',            # 'smollm2', 'tiny', a folder or a hub id
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
@@ -176,7 +178,7 @@ def load_student(
     if name != 'tiny' and not load_in_4bit: model = model.to('cuda' if torch.cuda.is_available() else 'cpu', dtype)   # an adapter is merged in float32
     return Student(model.eval(), tok, name)
 
-# %% ../nbs/30_students.ipynb #0034
+# %% ../nbs/30_students.ipynb #0035
 def linear_names(model: Any) -> list[str]:
     "Names of the linear maps inside the transformer blocks (attention and MLP)."
     return sorted({n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and '.layers.' in f'.{n}'})

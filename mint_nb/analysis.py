@@ -37,7 +37,7 @@ def training_log(run: Run, answers: dict) -> pd.DataFrame:
 
 def cohort_name(run: Run, n: int = 0) -> str:
     "What the cohort is called: the column of the tables, or with `n` the footer of every figure."
-    source, noun = run.params.cohort.source, 'tiles' if run.params.task == 'tissue' else 'patients'
+    source, noun = run.params.cohort.test_source or run.params.cohort.source, 'tiles' if run.params.task == 'tissue' else 'patients'
     name = Path(source.removesuffix('.gz')).stem if source else 'simulated'
     if not n: return name
     return f'{n} {noun} from {name}' if source else f'{n} simulated {noun}'

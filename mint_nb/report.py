@@ -49,6 +49,10 @@ LOOKS = {
     'bm25': Look('BM25', '#5fb3ac', 'knowledge'), 'dense': Look('dense retrieval', '#8fcfc9', 'knowledge'),
     'linear': Look('linear', '#84a63a', 'knowledge'),
     'linear_both': Look('linear, all findings', '#b3c77a', 'knowledge'),
+}
+
+# %% ../nbs/50_report.ipynb #0009
+LOOKS |= {
     'api': Look('API model', '#6d28d9', 'student'),
     'base': Look('base LLM', '#b08968', 'student'),
     'sft': Look('SFT', '#e08a00', 'student'),
@@ -64,7 +68,7 @@ LOOKS = {
     'sft_gold': Look('SFT on true answers', '#f0bf72', 'control'),
 }
 
-# %% ../nbs/50_report.ipynb #0010
+# %% ../nbs/50_report.ipynb #0011
 PROTOCOL_COLOURS = {('rag', True): '#a3a53a', ('cot', True): '#c48f5a', ('rag_cot', True): '#7f8c1d', ('cot_rag', True): '#8c5a2b',
                     ('rag', False): '#2a9db0', ('cot', False): '#7d83d6', ('rag_cot', False): '#14748a', ('cot_rag', False): '#5147b8'}   # of the base model, and of others
 _SPARE = ('#7c3aed', '#0e7490', '#a16207', '#be123c', '#4d7c0f', '#86198f')
@@ -82,7 +86,7 @@ def look(
         label = label.replace('naive Bayes', "generator's own model") + (' (upper reference)' if stem == 'naive_bayes' else '')
     return Look(label + (', constrained' if constrained else ''), known.colour, known.kind)
 
-# %% ../nbs/50_report.ipynb #0013
+# %% ../nbs/50_report.ipynb #0014
 def in_order(
     methods: Iterable[str],
 ) -> list[str]:          # each once
@@ -93,7 +97,7 @@ def in_order(
         return place.get(model, len(place)), model, (['', *PROTOCOLS].index(protocol)), m
     return sorted(set(methods), key=key)
 
-# %% ../nbs/50_report.ipynb #0020
+# %% ../nbs/50_report.ipynb #0021
 _STYLE = {**sns.axes_style('ticks'), 'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
           'axes.titlelocation': 'left', 'axes.labelsize': 9, 'axes.edgecolor': '#6b7280', 'axes.linewidth': .8, 'axes.spines.top': False,
           'axes.spines.right': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 9, 'text.color': '#1f2937', 'axes.labelcolor': '#374151',
@@ -111,7 +115,7 @@ def drawn(f: Callable) -> Callable:
         return fig
     return wrapped
 
-# %% ../nbs/50_report.ipynb #0022
+# %% ../nbs/50_report.ipynb #0023
 def save_figure(
     fig: Figure,
     stem: Path | str,           # path without ending
@@ -124,7 +128,7 @@ def save_figure(
         out.append(path)
     return out
 
-# %% ../nbs/50_report.ipynb #0025
+# %% ../nbs/50_report.ipynb #0026
 def pooled(
     table: pd.DataFrame,   # with columns method, seed, metric, ...
 ) -> pd.DataFrame:
@@ -139,7 +143,7 @@ def _places(methods: Sequence[str]) -> dict[str, float]:
         out[m], before = y, look(m).kind
     return out
 
-# %% ../nbs/50_report.ipynb #0027
+# %% ../nbs/50_report.ipynb #0028
 def _dots(ax, rows: pd.DataFrame, places: dict[str, float], value: str = 'value', colour: Optional[Callable] = None):
     "One dot with its interval for each row of a table."
     for r in rows.to_dict('records'):
@@ -155,7 +159,7 @@ def _method_axis(ax, places: dict[str, float], simulated: bool):
     ax.grid(axis='x', color='#e5e7eb', lw=.8); ax.set_axisbelow(True)
     sns.despine(ax=ax, left=True)
 
-# %% ../nbs/50_report.ipynb #0028
+# %% ../nbs/50_report.ipynb #0029
 @drawn
 def accuracy_figure(
     table: pd.DataFrame,       # method, seed, metric, value, lo, hi
@@ -175,7 +179,7 @@ def accuracy_figure(
         ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}')
     return fig
 
-# %% ../nbs/50_report.ipynb #0031
+# %% ../nbs/50_report.ipynb #0032
 def _apart(
     y: Sequence[float],   # wished positions
     gap: float,           # least distance
@@ -188,7 +192,7 @@ def _apart(
             if short > 1e-9: out[a] -= short/2; out[b] += short/2
     return out
 
-# %% ../nbs/50_report.ipynb #0033
+# %% ../nbs/50_report.ipynb #0034
 def _car_curves(ax, low: float, lam: float = 0.5):
     "Curves of equal CAR between avoidance `low` and 1."
     y = np.linspace(max(low, .01), 1, 200)
@@ -206,7 +210,7 @@ def _label_points(ax, rows: pd.DataFrame, simulated: bool):
         ax.annotate(look(r['method'], simulated).label, (r['x'], r['y']), (1.04, y), textcoords=ax.get_yaxis_transform(), va='center', fontsize=8.5,
                     color=look(r['method']).colour, annotation_clip=False, arrowprops=dict(arrowstyle='-', color='#d1d5db', lw=.7, shrinkB=4))
 
-# %% ../nbs/50_report.ipynb #0034
+# %% ../nbs/50_report.ipynb #0035
 @drawn
 def plane_figure(
     table: pd.DataFrame,   # method, seed, metric (coverage, avoidance), value, lo, hi
@@ -229,7 +233,7 @@ def plane_figure(
     _label_points(ax, pd.DataFrame({'method': t.index, 'x': t['value', 'coverage'].values, 'y': t['value', 'avoidance'].values}), 'simulated' in cohort)
     return fig
 
-# %% ../nbs/50_report.ipynb #0037
+# %% ../nbs/50_report.ipynb #0038
 @drawn
 def forest_figure(
     differences: pd.DataFrame,   # a, b, metric, diff, lo, hi
@@ -254,7 +258,7 @@ def forest_figure(
     axes[0][0].set_ylabel(f'{look(a).label} minus ...')
     return fig
 
-# %% ../nbs/50_report.ipynb #0040
+# %% ../nbs/50_report.ipynb #0041
 _PANELS = (('training loss', '', {'loss': '-'}), ('chosen against rejected', ' (solid: log odds ratio, dashed: margin)', {'log_odds': '-', 'margin': '--'}),
            ('log probability per token', ' (solid: chosen, dotted: rejected)', {'chosen_logp': '-', 'rejected_logp': ':'}))
 
@@ -265,7 +269,7 @@ def _curve(ax, rows: pd.DataFrame, colour: str, style: str, label: Optional[str]
     smooth = rows.value.rolling(max(1, len(rows)//12), min_periods=1, center=True).mean()
     ax.plot(rows.step, smooth, color=colour, lw=1.7, ls=style, label=label)
 
-# %% ../nbs/50_report.ipynb #0041
+# %% ../nbs/50_report.ipynb #0042
 @drawn
 def training_figure(
     log: pd.DataFrame,   # method, seed, step, name, value
@@ -284,7 +288,7 @@ def training_figure(
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper left', ncols=6)
     return fig
 
-# %% ../nbs/50_report.ipynb #0045
+# %% ../nbs/50_report.ipynb #0046
 def by_answer(
     per_case: pd.DataFrame,    # method, case_id, metric, value (several methods, seeds)
     cases: Sequence[Case],
@@ -302,7 +306,7 @@ def by_answer(
     wide.index = pd.Index([f'{short(a)}  ({n[a]})' for a in wide.index], name='answer (test cases)')
     return wide
 
-# %% ../nbs/50_report.ipynb #0047
+# %% ../nbs/50_report.ipynb #0048
 @drawn
 def heat_figure(
     wide: pd.DataFrame,   # from `by_answer`
@@ -320,7 +324,7 @@ def heat_figure(
     ax.tick_params(length=0)
     return fig
 
-# %% ../nbs/50_report.ipynb #0050
+# %% ../nbs/50_report.ipynb #0051
 COLUMNS = ('top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car')
 
 def interval_text(
@@ -330,7 +334,7 @@ def interval_text(
     if value != value: return ''
     return f'{100*value:.1f}' + ('' if lo != lo or lo == hi else f' ({100*lo:.1f} to {100*hi:.1f})')
 
-# %% ../nbs/50_report.ipynb #0052
+# %% ../nbs/50_report.ipynb #0053
 def results_wide(
     table: pd.DataFrame,   # method, seed, metric, value, lo, hi, n, groups
     metrics: Sequence[str] = COLUMNS,
@@ -343,7 +347,7 @@ def results_wide(
     rows = in_order(table.method)
     return pd.DataFrame([[look(m, simulated).label if labels else m] + [cell(m, x) for x in metrics] for m in rows], columns=['method', *metrics])
 
-# %% ../nbs/50_report.ipynb #0054
+# %% ../nbs/50_report.ipynb #0055
 def results_markdown(
     wide: pd.DataFrame,   # cells as text
     note: str,            # line above the table: cohort, cases, intervals
@@ -353,7 +357,7 @@ def results_markdown(
     rule = '|---' + '|---:'*(wide.shape[1] - 1) + '|'
     return '\n'.join([note, '', line(wide.columns), rule, *map(line, wide.to_numpy())]) + '\n'
 
-# %% ../nbs/50_report.ipynb #0057
+# %% ../nbs/50_report.ipynb #0058
 def data_uri(
     data: bytes | Path | str,   # image bytes, or the path of an SVG, PNG or JPEG file
     kind: str = 'png',          # of bytes: png, jpeg or svg+xml
@@ -364,7 +368,7 @@ def data_uri(
         data = Path(data).read_bytes()
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
-# %% ../nbs/50_report.ipynb #0060
+# %% ../nbs/50_report.ipynb #0061
 def figure_html(
     fig: Figure,
     caption: str,        # what it shows and how to read it, plain text
@@ -377,7 +381,7 @@ def figure_html(
     img = f'<img src="{data_uri(buffer.getvalue(), "svg+xml")}" alt="{html.escape(alt or caption)}" style="width:{width}px">'
     return f'<figure><div class="scroll">{img}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/50_report.ipynb #0063
+# %% ../nbs/50_report.ipynb #0064
 def _cell(text: str) -> str:
     "A table cell; an interval in parentheses goes on its own line."
     value, _, rest = html.escape(str(text)).partition(' (')
@@ -395,7 +399,7 @@ def table_html(
     rows = ''.join(f'<tr><th>{dot(i)}{html.escape(str(r[0]))}</th>{"".join(map(_cell, r[1:]))}</tr>' for i, r in enumerate(wide.to_numpy()))
     return f'<figure><div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/50_report.ipynb #0066
+# %% ../nbs/50_report.ipynb #0067
 def portrait_bytes(
     case: Case,
     folder: Path | str,      # that the drawn portraits are relative to: `cases/` of a run
@@ -405,7 +409,7 @@ def portrait_bytes(
     if Path(name).parent != Path('images') or Path(name).suffix != '.png' or not (Path(folder)/name).exists(): return None
     return (Path(folder)/name).read_bytes()
 
-# %% ../nbs/50_report.ipynb #0069
+# %% ../nbs/50_report.ipynb #0070
 def answer_list_html(
     label: str, colour: str,      # of the method
     ids: Sequence[Optional[str]], written: Sequence[str],   # its answer
@@ -418,7 +422,7 @@ def answer_list_html(
     rows = ''.join(f'<li class="{kind(i)}">{html.escape(w or "(empty)")[:120]}{mark[kind(i)]}</li>' for i, w in zip(ids, written))
     return f'<div class="list" style="border-color:{colour}"><h4>{html.escape(label)}</h4><ol>{rows or "<li class=none>no answer</li>"}</ol></div>'
 
-# %% ../nbs/50_report.ipynb #0071
+# %% ../nbs/50_report.ipynb #0072
 def _findings_html(case: Case) -> str:
     "Findings of a case by the view that shows them."
     names = (('in the note', ('note',)), ('in note and portrait', ('both',)), ('only in the portrait', ('portrait',)), ('in neither', ('record',)))
@@ -428,7 +432,7 @@ def _findings_html(case: Case) -> str:
         if found: out.append(f'<dt>{title}</dt><dd>{html.escape("; ".join(found))}</dd>')
     return f'<dl>{"".join(out)}</dl>'
 
-# %% ../nbs/50_report.ipynb #0072
+# %% ../nbs/50_report.ipynb #0073
 def case_html(
     case: Case,
     lists: dict[str, tuple[list, list]],   # method to (ids, written names), in the order to show
@@ -445,7 +449,7 @@ def case_html(
     return (f'<article><h3>{html.escape(case.id)}{" · simulated" if simulated else ""}</h3><p class="truth">true answer: <b>{told}</b></p>'
             f'<div class="views">{img}<blockquote>{html.escape(case.note)}</blockquote></div>{_findings_html(case)}<div class="lists">{answers}</div></article>')
 
-# %% ../nbs/50_report.ipynb #0076
+# %% ../nbs/50_report.ipynb #0077
 NOTICE = 'Research use only, not for clinical decision making.'
 _CSS = '''
 :root{--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--blue:#1259c3}*{box-sizing:border-box}
@@ -466,7 +470,7 @@ dl{font-size:.87rem;margin:.8em 0}dt{color:var(--soft);float:left;clear:left;mar
 @media(max-width:600px){body{padding:14px 12px 36px}h1{font-size:1.35rem}}@media print{article,figure{break-inside:avoid}}
 '''
 
-# %% ../nbs/50_report.ipynb #0077
+# %% ../nbs/50_report.ipynb #0078
 def section(
     heading: str,        # plain text
     *parts: str,         # HTML; see `para`
@@ -487,7 +491,7 @@ def bullets(
     "A list; nothing if there is nothing to list."
     return f'<ul>{"".join(f"<li>{html.escape(t)}</li>" for t in texts)}</ul>' if texts else ''
 
-# %% ../nbs/50_report.ipynb #0080
+# %% ../nbs/50_report.ipynb #0081
 def page_html(
     title: str,
     badges: Sequence[str],     # short facts under the title; the cohort first
@@ -499,7 +503,7 @@ def page_html(
             f'<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><header><h1>{html.escape(title)}</h1><p>{marks}</p>'
             f'<p class="notice">{NOTICE}</p></header><main>{"".join(sections)}</main></body></html>')
 
-# %% ../nbs/50_report.ipynb #0083
+# %% ../nbs/50_report.ipynb #0084
 def headline(
     table: pd.DataFrame,         # method, seed, metric, value, lo, hi, n, groups
     differences: pd.DataFrame,   # a, b, metric, diff, lo, hi
@@ -519,7 +523,7 @@ def headline(
             out.append(f'Compared with {name(b)}: {word} ({points}).')
     return out
 
-# %% ../nbs/50_report.ipynb #0086
+# %% ../nbs/50_report.ipynb #0087
 CAPTIONS = {
     'accuracy': 'How often the true answer is named first, among the first five, among the first ten. Dots are means, lines 95 % intervals from resampling groups; the dashed line is chance. A method that lists five names cannot gain from the sixth on.',
     'agreement': "Agreement with the multimodal teacher: names taken from the head of its ranking (coverage) and names not taken from its tail (avoidance). Grey curves join points of equal CAR. The teacher agrees with itself by definition.",
@@ -527,7 +531,7 @@ CAPTIONS = {
     'training': 'Training: thin lines are single updates, thick lines running means. Losses of different methods are on different scales.',
     'answers': 'Accuracy for each true answer, with the number of test cases in parentheses. With few cases a cell can take few values.'}
 
-# %% ../nbs/50_report.ipynb #0087
+# %% ../nbs/50_report.ipynb #0088
 def all_figures(
     table: pd.DataFrame, differences: pd.DataFrame, per_case: pd.DataFrame,   # of the analysis
     log: pd.DataFrame,                                      # method, seed, step, name, value; may be empty
@@ -544,7 +548,7 @@ def all_figures(
     if 1 < len(wide) <= 60: out['answers'] = heat_figure(wide, cohort=cohort)
     return {name: (fig, f'{CAPTIONS[name]} ({cohort})') for name, fig in out.items()}
 
-# %% ../nbs/50_report.ipynb #0090
+# %% ../nbs/50_report.ipynb #0091
 SHOWN = ('teacher', 'naive_bayes', 'base', 'sft', 'dpo', 'mint')   # methods of a worked case, as far as they were run
 
 def worked_cases_html(
@@ -564,7 +568,7 @@ def worked_cases_html(
     return ''.join(case_html(c, {m: cut(lists[m].get(c.id, ([], []))) for m in lists}, catalogue, label,
                              portrait_bytes(c, folder), simulated) for c in (cases[i] for i in chosen))
 
-# %% ../nbs/50_report.ipynb #0093
+# %% ../nbs/50_report.ipynb #0094
 def without_folders(
     value: Any,      # plain values, nested
 ) -> Any:
@@ -573,7 +577,7 @@ def without_folders(
     if isinstance(value, (list, tuple)): return [without_folders(v) for v in value]
     return Path(value).name if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(('~', '..'))) else value
 
-# %% ../nbs/50_report.ipynb #0095
+# %% ../nbs/50_report.ipynb #0096
 def how_made_html(
     params: dict,             # resolved parameters
     manifest: Sequence[dict], # entries of the run's manifest
@@ -587,7 +591,7 @@ def how_made_html(
             + para('Versions: ' + ', '.join(f'{k} {v}' for k, v in versions.items()), 'soft')
             + f'<details><summary>All parameters</summary><pre>{html.escape(yaml.safe_dump(params, sort_keys=False))}</pre></details>')
 
-# %% ../nbs/50_report.ipynb #0098
+# %% ../nbs/50_report.ipynb #0099
 def external_references(
     page: str,           # HTML
 ) -> list[str]:

@@ -168,6 +168,7 @@ def resampled_sums(
     sums = np.stack([np.bincount(code, c, len(names)) for c in np.asarray(counts, float).T], axis=1)
     return np.vstack([np.ones(len(names)), draw_counts(len(names), bootstrap, 0)]) @ sums
 
+# %% ../nbs/12_findings.ipynb #0033
 def extraction_scores(
     predicted: Sequence[Sequence[Finding]],   # what was extracted from each note
     gold: Sequence[Sequence[Finding]],        # what is on record
@@ -187,7 +188,7 @@ def extraction_scores(
             rows.append((kind, metric, v[0], *np.percentile(v[1:], [2.5, 97.5]), len(pairs), len(set(groups))))
     return pd.DataFrame(rows, columns=['terms', 'metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
-# %% ../nbs/12_findings.ipynb #0036
+# %% ../nbs/12_findings.ipynb #0038
 def obographs(ontology: Ontology) -> dict:
     "The ontology as an OBO graph: names, exact synonyms, `is_a`."
     url = lambda t: f"http://purl.obolibrary.org/obo/{t.replace(':', '_')}"
@@ -213,7 +214,7 @@ def fenominal_reader(
         return tuple(Finding(h['termId'], h['label'], h['excluded']) for h in hits)
     return lambda notes: [read(n) for n in notes]
 
-# %% ../nbs/12_findings.ipynb #0037
+# %% ../nbs/12_findings.ipynb #0039
 def fasthpocr_reader(
     ontology: Ontology,
     index: Path | str,      # file made by FastHPOCR.IndexHPO
@@ -230,7 +231,7 @@ def fasthpocr_reader(
         return judge(note, hits, ontology) if negation else tuple(Finding(t, ontology.label(t)) for t in dict.fromkeys(t for t, _, _ in hits))
     return lambda notes: [read(n) for n in notes]
 
-# %% ../nbs/12_findings.ipynb #0040
+# %% ../nbs/12_findings.ipynb #0042
 def is_tuning(case: Case) -> bool:
     "Does a real note belong to the quarter of publications on which rules and weights were chosen?"
     return zlib.crc32(case.group.encode()) % 4 == 0

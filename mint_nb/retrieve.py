@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['frequency_group', 'disease_facts', 'Document', 'write_document', 'documents', 'words_of', 'WordIndex', 'minilm_wheel',
-           'minilm_folder', 'Encoder', 'reciprocal_rank_fusion', 'standardised_sum', 'word_index', 'document_vectors',
-           'Retriever', 'whole_shelf', 'whole_catalogue', 'Reranker', 'note_query', 'findings_query', 'RetrievalRanker',
-           'true_ranks', 'recall_table', 'tells_diagnosis', 'retrieval_rankers', 'retrieval_table', 'search_speed']
+           'minilm_folder', 'Encoder', 'reciprocal_rank_fusion', 'word_index', 'document_vectors', 'Retriever',
+           'whole_shelf', 'whole_catalogue', 'Reranker', 'note_query', 'findings_query', 'RetrievalRanker',
+           'true_ranks', 'recall_table', 'tells_diagnosis', 'retrieval_rankers', 'compare_ranks', 'retrieval_table',
+           'search_speed']
 
 # %% ../nbs/40_retrieve.ipynb #0003
 import hashlib, os, re, subprocess, sys, tempfile, time, zipfile
@@ -101,7 +102,7 @@ def documents(
     return [write_document(ontology, d, f) for d, f in zip(disease_ids, disease_facts(ontology, disease_ids, leave_out, shared))]
 
 # %% ../nbs/40_retrieve.ipynb #0021
-_K1, _B = 1.2, .3
+_K1, _B = .9, .4
 
 def words_of(texts: Sequence[str]) -> list[list[str]]:
     "Lower-case words of each text, without English function words."
@@ -236,7 +237,7 @@ def condense(self: WordIndex,
     return ' '.join(w for _, w in sorted(found[w] for w in keep))
 
 # %% ../nbs/40_retrieve.ipynb #0040
-_RRF_K, _DENSE_WEIGHT = 60, .5   # of reciprocal rank fusion; of the standardised cosine beside the standardised BM25
+_RRF_K, _DENSE_WEIGHT = 60, 7.   # of reciprocal rank fusion; of a cosine beside BM25 in units of its spread
 
 def reciprocal_rank_fusion(
     scores: Sequence[np.ndarray],             # each (n, N), higher is better
@@ -250,13 +251,6 @@ def reciprocal_rank_fusion(
         np.put_along_axis(R := np.empty_like(order), order, np.arange(1, S.shape[1] + 1)[None], axis=1)
         total += w/(k + R)
     return total
-
-def standardised_sum(
-    scores: Sequence[np.ndarray],       # each (n, N)
-    weights: Sequence[float],
-) -> np.ndarray:                        # (n, N)
-    "Weighted sum of scores, each with mean 0 and standard deviation 1 over a query's documents."
-    return sum(w*(S - S.mean(1, keepdims=True))/np.maximum(S.std(1, keepdims=True), 1e-6) for S, w in zip(scores, weights))
 
 # %% ../nbs/40_retrieve.ipynb #0043
 _DOCUMENT_TOKENS = 256
@@ -330,14 +324,18 @@ def forget(self: Retriever, pairs: Sequence[tuple[str, str]]) -> list[tuple[Docu
         self._forgotten |= dict(zip(new, zip(changed, vectors)))
     return [self._forgotten[p] for p in pairs]
 
+# %% ../nbs/40_retrieve.ipynb #0052
 @patch
 def parts(self: Retriever,
     queries: Sequence[str],                    # n texts
     cases: Optional[Sequence[Case]] = None,    # whose publications leak control forgets
-) -> list[np.ndarray]:                         # BM25 and cosine as far as the kind needs them, each (n, documents)
-    "Scores of all documents by each part of the search."
-    kind, S, Q = self.params.kind, [], None
-    if kind != 'dense': S.append(self.words.scores(queries)[:, self.shelf])
+) -> list[np.ndarray]:                         # BM25 (in units of its spread) and cosine as far as the kind needs them, each (n, documents)
+    "Scores of the documents by each part of the search."
+    kind, S = self.params.kind, []
+    if kind != 'dense':
+        found = self.words.scores(queries)
+        spread = np.maximum(found.std(axis=1), 1e-6)
+        S.append(found[:, self.shelf]/spread[:, None])
     if kind != 'bm25':
         Q = self.encoder.encode([self.words.condense(q) for q in queries], 'query')
         S.append(Q @ self.vectors.T)
@@ -346,11 +344,11 @@ def parts(self: Retriever,
     pairs = [(d, g) for g in rows for d in self.ontology.cited_in(g) if d in self.position]
     for (d, g), (document, vector) in zip(pairs, self.forget(pairs)):
         at = rows[g], self.position[d]
-        if kind != 'dense': S[0][at] = self.words.score_text(document.text, [queries[i] for i in rows[g]])
+        if kind != 'dense': S[0][at] = self.words.score_text(document.text, [queries[i] for i in rows[g]])/spread[rows[g]]
         if kind != 'bm25': S[-1][at] = Q[rows[g]] @ vector
     return S
 
-# %% ../nbs/40_retrieve.ipynb #0053
+# %% ../nbs/40_retrieve.ipynb #0055
 @patch
 def scores(self: Retriever,
     queries: Sequence[str],
@@ -359,7 +357,7 @@ def scores(self: Retriever,
     "How well each answer's documents fit each query."
     if not len(queries): return np.zeros((0, len(self.catalogue)), np.float32)
     parts = self.parts(queries, cases)
-    S = parts[0] if len(parts) == 1 else reciprocal_rank_fusion(parts) if self.fusion == 'rrf' else standardised_sum(parts, [1, _DENSE_WEIGHT])
+    S = parts[0] if len(parts) == 1 else reciprocal_rank_fusion(parts) if self.fusion == 'rrf' else parts[0] + _DENSE_WEIGHT*parts[1]
     S = np.column_stack([S, np.full(len(S), -np.inf)])[:, self.columns]
     S = np.maximum.reduceat(S, self.starts, axis=1) if len(self.columns) > len(self.catalogue) else S
     if self.reranker: S = self.reranker.reorder(queries, S, lambda i, j: self.passage(self.catalogue.ids[j], cases[i].group if cases else ''))
@@ -375,7 +373,7 @@ def search(self: Retriever,
     S = self.scores(queries, cases)
     return [[(self.catalogue.ids[j], float(row[j])) for j in np.argsort(-row, kind='stable')[:top] if row[j] > -np.inf] for row in S]
 
-# %% ../nbs/40_retrieve.ipynb #0056
+# %% ../nbs/40_retrieve.ipynb #0058
 @patch
 def passage(self: Retriever,
     answer_id: str,
@@ -391,7 +389,7 @@ def passage(self: Retriever,
     words = ' '.join(d.text for d in found).split()
     return ' '.join(words[:max_words] if 0 < max_words < len(words) else words)
 
-# %% ../nbs/40_retrieve.ipynb #0062
+# %% ../nbs/40_retrieve.ipynb #0064
 _HEAD = 20   # answers that are looked at again
 
 @dataclass
@@ -419,7 +417,7 @@ class Reranker:
             S[i, head] = S[i].max() + 1 + new - new.min()
         return S
 
-# %% ../nbs/40_retrieve.ipynb #0067
+# %% ../nbs/40_retrieve.ipynb #0069
 def note_query(case: Case) -> str:
     "The note as it is."
     return case.note
@@ -444,7 +442,7 @@ class RetrievalRanker:
         "Rank by score."
         return rank_in_blocks(self, cases, top, bottom, block=200)
 
-# %% ../nbs/40_retrieve.ipynb #0070
+# %% ../nbs/40_retrieve.ipynb #0072
 def true_ranks(
     S: np.ndarray,             # (n, N) scores
     cases: Sequence[Case],
@@ -465,14 +463,14 @@ def recall_table(
     rows = [(f'recall@{k}', *grouped_bootstrap(ranks <= k, groups, bootstrap), len(ranks), len(set(groups))) for k in at]
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
-# %% ../nbs/40_retrieve.ipynb #0073
+# %% ../nbs/40_retrieve.ipynb #0075
 def tells_diagnosis(case: Case) -> bool:
     "Does the note hold the first phrase of the disease's name, or the gene's symbol?"
     first = re.sub(r'(?:\s+(?:type\s+)?(?:\d+\w?|[IVX]+\w?))?$', '', case.labels.get('disease_name', '').split(',')[0].split(';')[0].strip())
     text, names = f' {normalise(case.note)} ', [first, case.labels.get('gene', '')]
     return any(n and f' {normalise(n)} ' in text for n in names)
 
-# %% ../nbs/40_retrieve.ipynb #0076
+# %% ../nbs/40_retrieve.ipynb #0078
 _CONTROLS = {'plain': (False, False), 'clean': (True, False), 'strict': (True, True)}   # leak control, strict
 
 def retrieval_rankers(
@@ -484,12 +482,27 @@ def retrieval_rankers(
     "The methods of the comparison."
     answers, (leak, strict) = answers or catalogue_of(ontology), _CONTROLS[control]
     make = lambda kind, fusion='scores': Retriever(ontology, answers, RetrieveParams(kind=kind, leak_control=leak), fusion, strict, encoder)
-    both = make('fusion')
-    return [RetrievalRanker(make('bm25'), name='bm25'), RetrievalRanker(make('dense'), name='dense'), RetrievalRanker(both, name='fusion'),
-            RetrievalRanker(make('fusion', 'rrf'), name='fusion_rrf'), RetrievalRanker(both, findings_query, 'fusion_findings'),
+    both, dense, rrf = make('fusion'), make('dense'), make('fusion', 'rrf')
+    dense._forgotten = rrf._forgotten = both._forgotten   # the same changed documents are encoded once
+    return [RetrievalRanker(make('bm25'), name='bm25'), RetrievalRanker(dense, name='dense'), RetrievalRanker(both, name='fusion'),
+            RetrievalRanker(rrf, name='fusion_rrf'), RetrievalRanker(both, findings_query, 'fusion_findings'),
             NaiveBayesRanker(ontology, answers, leak_control='strict' if strict else leak, name='naive_bayes_findings')]
 
-# %% ../nbs/40_retrieve.ipynb #0077
+# %% ../nbs/40_retrieve.ipynb #0079
+def compare_ranks(
+    ranks: dict[str, np.ndarray],   # method to rank of the true answer in each of n cases
+    groups: Sequence[str],          # of each case
+    bootstrap: int,
+    at: Sequence[int] = (1, 3, 10, 50),
+) -> pd.DataFrame:                  # method, metric, value, lo, hi, n, groups
+    "Recall of each method, and of 'fusion' minus each other one, paired by case."
+    out = [recall_table(r, groups, at, bootstrap).assign(method=m) for m, r in ranks.items()]
+    for m in [m for m in ranks if m != 'fusion']:
+        gains = [grouped_bootstrap((ranks['fusion'] <= k).astype(float) - (ranks[m] <= k), groups, bootstrap) for k in at]
+        out.append(out[0].assign(method=f'fusion - {m}', **{c: [g[i] for g in gains] for i, c in enumerate(('value', 'lo', 'hi'))}))
+    return pd.concat(out, ignore_index=True)[['method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
+
+# %% ../nbs/40_retrieve.ipynb #0081
 def retrieval_table(
     cases: Sequence[Case],                    # with notes and diagnoses
     ontology: Ontology,
@@ -502,27 +515,29 @@ def retrieval_table(
     some = [c for c in cases if c.labels.get('disease') in answers and not is_tuning(c)]
     if not some: raise InputError('no case has a diagnosis that is annotated', field='labels.disease')
     read = [with_extracted(c, e) for c, e in zip(some, Extractor(ontology).extract([c.note for c in some]))]
-    silent, out = np.array([not tells_diagnosis(c) for c in some]), []
+    kinds, out = {'all': np.arange(len(some)), 'diagnosis not told': np.flatnonzero([not tells_diagnosis(c) for c in some])}, []
     for control in _CONTROLS:
-        for ranker in retrieval_rankers(ontology, control, encoder, answers):
-            ranks = np.concatenate([true_ranks(ranker.scores(read[i:i + 200]), read[i:i + 200], answers) for i in range(0, len(read), 200)])
-            for notes, mask in (('all', np.ones(len(some), bool)), ('diagnosis not told', silent)):
-                if not mask.any(): continue
-                t = recall_table(ranks[mask], [c.group for c, m in zip(some, mask) if m], bootstrap=bootstrap)
-                out.append(t.assign(control=control, notes=notes, method=ranker.name))
+        block = lambda r, i: true_ranks(r.scores(read[i:i + 200]), read[i:i + 200], answers)
+        ranks = {r.name: np.concatenate([block(r, i) for i in range(0, len(read), 200)]) for r in retrieval_rankers(ontology, control, encoder, answers)}
+        for notes, rows in kinds.items():
+            if not len(rows): continue
+            t = compare_ranks({m: r[rows] for m, r in ranks.items()}, [some[i].group for i in rows], bootstrap)
+            out.append(t.assign(control=control, notes=notes))
     return pd.concat(out, ignore_index=True)[['control', 'notes', 'method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
 
-# %% ../nbs/40_retrieve.ipynb #0081
+# %% ../nbs/40_retrieve.ipynb #0085
 def search_speed(
     retriever: Retriever,
     queries: Sequence[str],
-) -> dict[str, float]:      # queries a second: condensing and encoding, the rest, and all; threads used
+) -> dict[str, float]:      # queries a second: 'all', 'words' (BM25), 'encoder' (with condensing); processor seconds a query; threads
     "Measure how many queries a second a retriever answers."
-    retriever.search(queries[:64])
-    clock = [time.perf_counter()]
-    retriever.search(queries); clock.append(time.perf_counter())
-    if retriever.encoder: retriever.encoder.encode([retriever.words.condense(q) for q in queries], 'query')
-    clock.append(time.perf_counter())
-    whole, encoding = np.diff(clock)
-    out = {'all': len(queries)/whole, 'search': len(queries)/max(whole - encoding, 1e-9), 'threads': torch.get_num_threads()}
-    return out | ({'encoder': len(queries)/encoding} if retriever.encoder else {})
+    jobs = {'all': lambda q: retriever.search(q), 'words': lambda q: retriever.words.scores(q)}
+    if retriever.encoder: jobs['encoder'] = lambda q: retriever.encoder.encode([retriever.words.condense(x) for x in q], 'query')
+    out = {'threads': torch.get_num_threads()}
+    for name, job in jobs.items():
+        job(queries[:32])
+        clock, cpu = time.perf_counter(), time.process_time()
+        job(queries)
+        out[name] = len(queries)/(time.perf_counter() - clock)
+        if name == 'all': out['cpu_s'] = (time.process_time() - cpu)/len(queries)
+    return out

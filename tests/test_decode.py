@@ -1,8 +1,11 @@
 "Contracts of decoding: any text parses, any batch gives the plain greedy answer, a held answer is always well-formed."
+import contextlib
+
 import numpy as np, pytest, torch
 from dataclasses import replace
 from hypothesis import given, settings, strategies as st
 
+from mint_nb import decode
 from mint_nb.core import InputError
 from mint_nb.decode import NameTrie, StudentRanker, clean_name, decode_batch, generate, parse_answer, rankings_from_texts, score_names, shared_prefix
 from mint_nb.students import load_student
@@ -152,3 +155,12 @@ def test_tokenizer_that_merges_over_lines_is_refused():
             import re
             return {'input_ids': [len(w) * 1000 + ord(w[0]) for w in re.findall(r"'\n\d|.", t, flags=re.S)]}
     with pytest.raises(InputError, match='merges a name with the format'): NameTrie(CATALOGUE, Merging(), TASK, 3)
+
+
+@pytest.mark.parametrize('name, precision', [('tiny', 'fp32'), ('smollm2', 'fp32')])
+def test_grouped_attention_writes_the_same_answers(name, precision, monkeypatch):
+    student = load_student(name, precision=precision)
+    prompts = [student.prompt_ids(get_task('disease'), note, 3) for note in ('A boy with seizures.', 'A girl with short stature, a cleft palate and hearing loss.', 'Gout.')]
+    mine = decode_batch(student, prompts, 20)
+    monkeypatch.setattr(decode, 'grouped', lambda student: contextlib.nullcontext())
+    assert decode_batch(student, prompts, 20) == mine and student.model.config._attn_implementation == 'sdpa'

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['stem', 'content_words', 'Extractor', 'clauses', 'negated', 'age_of', 'sex_of', 'Extraction', 'judge',
            'read_findings_text', 'with_extracted', 'resampled_sums', 'extraction_scores', 'obographs',
-           'fenominal_reader', 'fasthpocr_reader', 'is_tuning', 'extraction_table']
+           'fenominal_reader', 'fasthpocr_reader', 'is_tuning', 'extraction_table', 'write_extraction']
 
 # %% ../nbs/12_findings.ipynb #0003
 import json, re, tempfile, zlib
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Literal, Optional, Sequence
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 
-from .core import InputError
+from .core import InputError, atomic_path, versions
 from .metrics import draw_counts
-from .ontology import Ontology
-from .patients import PHENOTYPE, is_phenotype
+from .ontology import Ontology, load_ontology
+from .patients import PHENOTYPE, is_phenotype, load_cases
 from .tasks import Case, Finding
 
 # %% ../nbs/12_findings.ipynb #0006
@@ -254,3 +256,24 @@ def extraction_table(
             t = extraction_scores(found, [gold[c.id].phenotypes for c in some], ontology, [c.group for c in some], kind == 'absent', bootstrap)
             out.append(t.assign(method=name, findings=kind))
     return pd.concat(out, ignore_index=True)[['method', 'findings', 'terms', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
+
+# %% ../nbs/12_findings.ipynb #0044
+def write_extraction(
+    data: Path | str,                           # folder with notes.jsonl.gz and phenopackets.zip
+    out: Path | str,                            # CSV file
+    fasthpocr: Optional[Path | str] = None,     # index file of FastHPOCR
+    bootstrap: int = 2000,
+) -> pd.DataFrame:                              # `extraction_table`
+    "Compare extractors on the real notes and write the table, with the command in its first line."
+    ontology = load_ontology()
+    notes, records = (load_cases(Path(data)/f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip'))
+    readers = {'dictionary': Extractor(ontology).extract}
+    if find_spec('fenominal'): readers |= {'fenominal': fenominal_reader(ontology), 'fenominal, our negation': fenominal_reader(ontology, False)}
+    if fasthpocr: readers |= {'FastHPOCR': fasthpocr_reader(ontology, fasthpocr, False), 'FastHPOCR, our negation': fasthpocr_reader(ontology, fasthpocr)}
+    t = extraction_table(notes, records, ontology, readers, bootstrap).round(4)
+    call = f"from mint_nb.findings import write_extraction; write_extraction(data, {str(out)!r}, {'index' if fasthpocr else None}, {bootstrap})"
+    used = [f'{p} {version(p)}' for p in ('fenominal', 'fasthpocr') if find_spec({'fasthpocr': 'FastHPOCR'}.get(p, p))]
+    head = f"# {call}\n# data: folder with notes.jsonl.gz and phenopackets.zip; index: made by FastHPOCR.IndexHPO from the same hp.obo; HPO {ontology.version}; " \
+           f"95 % intervals by publication; tuning quarter left out; {', '.join([*(f'{k} {v}' for k, v in versions().items()), *used])}\n"
+    with atomic_path(out) as tmp: tmp.write_text(head + t.to_csv(index=False))
+    return t

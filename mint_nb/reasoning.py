@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'ASKED', 'PUBLISHED', 'Results', 'read_results', 'reasoning_folder', 'found_runs', 'run_table',
-           'quality_figure', 'published_figure']
+           'quality_figure', 'published_figure', 'full_catalogue']
 
 # %% ../nbs/64_reasoning.ipynb #0003
 from pathlib import Path
@@ -80,16 +80,33 @@ PUBLISHED = {'Exomiser': .585, 'o1-preview': .368, 'GPT-4o': .355}   # top 10, 5
 
 @drawn
 def published_figure(
-    ours: pd.DataFrame,   # label, value, lo, hi, n: top 10 among all diseases
+    ours: pd.DataFrame,   # panel, label, value, lo, hi, n: top 10 among all diseases
     cohort: str,
 ) -> Figure:
     "Top-10 accuracy among all diseases beside published lines."
-    fig, ax = plt.subplots(figsize=(6.4, 1.3 + .3*len(ours)))
-    for name, v in PUBLISHED.items():
-        ax.axvline(v, color='#9ca3af', lw=1, ls=(0, (4, 3)))
-        ax.text(v, -.75, f'{name} {100*v:.1f}', rotation=28, fontsize=7.5, color='#6b7280', ha='left', va='bottom')
-    ax.hlines(range(len(ours)), ours.lo, ours.hi, color='#0f766e', lw=2.4, alpha=.45)
-    ax.plot(ours.value, range(len(ours)), 'o', color='#0f766e', ms=6.5, mec='white')
-    ax.set(yticks=range(len(ours)), yticklabels=[f'{l} (n = {n:,})' for l, n in zip(ours.label, ours.n)], ylim=(len(ours) - .4, -.7), xlabel='top 10 among all diseases, %', xlim=(0, 1))
-    ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}'); ax.tick_params(axis='y', length=0)
+    panels, labels = list(dict.fromkeys(ours.panel)), list(dict.fromkeys(ours.label))
+    fig, axes = plt.subplots(1, len(panels), figsize=(9, 1.7 + .3*len(labels)), sharey=True, squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        t = ours[ours.panel == panel]
+        y = [labels.index(l) for l in t.label]
+        for n, (name, v) in enumerate(PUBLISHED.items()):
+            ax.axvline(v, color='#9ca3af', lw=1, ls=(0, (4, 3)))
+            ax.text(v, -1.1 if name == 'o1-preview' else -.65, f' {name} {100*v:.1f} ', fontsize=7.5, color='#6b7280', ha='right' if name == 'GPT-4o' else 'left', va='bottom')
+        ax.hlines(y, t.lo, t.hi, color='#0f766e', lw=2.4, alpha=.45)
+        ax.plot(t.value, y, 'o', color='#0f766e', ms=6.5, mec='white')
+        ax.set(ylim=(len(labels) - .4, -.6), xlabel='top 10 among all diseases, %', xlim=(0, 1)); ax.set_title(panel, pad=28)
+        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}'); ax.tick_params(axis='y', length=0)
+    axes[0][0].set_yticks(range(len(labels)), labels)
     return fig
+
+# %% ../nbs/64_reasoning.ipynb #0014
+def full_catalogue(
+    t: pd.DataFrame,   # of `benchmarks/retrieval.csv`
+) -> pd.DataFrame:     # panel, label, value, lo, hi, n
+    "Top 10 among all diseases of our rankers, on both kinds of notes, with and without control for leaks."
+    methods = {'fusion': 'BM25 + dense', 'bm25': 'BM25', 'naive_bayes_findings': 'naive Bayes on extracted findings'}
+    notes, panels = {'notes': 'GPT-4 notes', 'phenopackets': 'written notes'}, {'clean': 'leak-controlled', 'plain': 'plain'}
+    t = t[(t.metric == 'recall@10') & (t.notes == 'all') & t.method.isin(list(methods)) & t.control.isin(list(panels))]
+    t = t.assign(panel=t.control.map(panels), label=[f'{methods[m]}, {n} {notes[c]}' for m, n, c in zip(t.method, t.n, t.cohort)])
+    place = {k: i for i, k in enumerate((*panels.values(), *methods))}
+    return t.sort_values(['panel', 'cohort', 'method'], key=lambda c: c.map(lambda v: place.get(v, 0)), kind='stable')[['panel', 'label', 'value', 'lo', 'hi', 'n']]

@@ -7,7 +7,7 @@ __all__ = ['frequency_group', 'disease_facts', 'Document', 'write_document', 'do
            'minilm_folder', 'Encoder', 'reciprocal_rank_fusion', 'word_index', 'document_vectors', 'Retriever',
            'whole_shelf', 'whole_catalogue', 'Reranker', 'note_query', 'findings_query', 'RetrievalRanker',
            'true_ranks', 'recall_table', 'tells_diagnosis', 'retrieval_rankers', 'compare_ranks', 'retrieval_table',
-           'search_speed']
+           'write_retrieval', 'search_speed']
 
 # %% ../nbs/40_retrieve.ipynb #0003
 import hashlib, os, re, subprocess, sys, tempfile, time, zipfile
@@ -22,12 +22,12 @@ from fastcore.basics import patch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from .core import InputError, RetrieveParams, atomic_path, cache_dir, digest, file_digest, locked, progress, read_json, write_json
+from .core import InputError, RetrieveParams, atomic_path, cache_dir, digest, file_digest, locked, progress, read_json, versions, write_json
 from .findings import Extractor, is_tuning, with_extracted
 from .matching import NaiveBayesRanker, answer_diseases, catalogue_of, rank_in_blocks
 from .metrics import grouped_bootstrap
-from .ontology import Ontology, pool_annotations
-from .patients import listing, phrase
+from .ontology import Ontology, load_ontology, pool_annotations
+from .patients import add_note, listing, load_cases, phrase
 from .students import weights_dtype
 from .tasks import Case, Catalogue, Rankings, normalise
 
@@ -526,6 +526,27 @@ def retrieval_table(
     return pd.concat(out, ignore_index=True)[['control', 'notes', 'method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
 
 # %% ../nbs/40_retrieve.ipynb #0085
+def write_retrieval(
+    data: Path | str,          # folder with notes.jsonl.gz and phenopackets.zip
+    out: Path | str,           # CSV file
+    sample: int = 600,         # phenopackets, drawn by seed 0 outside the tuning quarter
+    bootstrap: int = 2000,
+) -> pd.DataFrame:             # `retrieval_table` with a column `cohort`
+    "Measure retrieval on the real cases and write the table, with the command in its first line."
+    ontology, encoder = load_ontology(), Encoder.load()
+    answers, (notes, packs) = catalogue_of(ontology), (load_cases(Path(data)/f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip'))
+    packs = [c for c in packs if c.labels.get('disease') in answers and not is_tuning(c)]
+    packs = [add_note(packs[i], ontology, 'clinic', 20) for i in np.random.default_rng(0).permutation(len(packs))[:sample]]
+    cohorts = {'notes': notes, 'phenopackets': packs}
+    t = pd.concat([retrieval_table(c, ontology, encoder, answers, bootstrap).assign(cohort=n) for n, c in cohorts.items()], ignore_index=True)
+    t = t[['cohort', *t.columns.drop('cohort')]].round(4)
+    call = f"from mint_nb.retrieve import write_retrieval; write_retrieval(data, {str(out)!r}, {sample}, {bootstrap})"
+    head = f'# {call}\n# data: folder with notes.jsonl.gz and phenopackets.zip; {len(answers)} OMIM diseases, HPO {ontology.version}; 95 % intervals by publication; ' \
+           f"tuning quarter left out; {', '.join(f'{k} {v}' for k, v in versions().items())}, bm25s {version('bm25s')}\n"
+    with atomic_path(out) as tmp: tmp.write_text(head + t.to_csv(index=False))
+    return t
+
+# %% ../nbs/40_retrieve.ipynb #0090
 def search_speed(
     retriever: Retriever,
     queries: Sequence[str],

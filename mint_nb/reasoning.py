@@ -20,7 +20,7 @@ from .report import drawn, in_order, look, results_markdown, results_wide
 # %% ../nbs/64_reasoning.ipynb #0006
 RUNS = {'disease-simulated': 'simulated notes', 'disease-phenopackets': 'published cases, written notes', 'disease-notes': 'free-text notes by GPT-4',
         'gene-simulated': 'simulated notes', 'gene-phenopackets': 'published cases, written notes', 'gene-notes': 'free-text notes by GPT-4',
-        'quality-clean': 'simulated, clean', 'quality-noisy': 'simulated, long and noisy'}
+        'quality-clean': 'simulated, clean', 'quality-noisy': 'simulated, long and noisy', 'quality-notes': 'free-text notes by GPT-4'}
 
 class Results(NamedTuple):
     "A committed table of a run."
@@ -51,7 +51,7 @@ def run_table(name: str, results: Results, metrics: Sequence[str] = ('top1', 'to
     return f'**{name}** ({RUNS[name]})\n\n' + results_markdown(wide, ' '.join(results.head))
 
 # %% ../nbs/64_reasoning.ipynb #0010
-ASKED = ('base', 'rag', 'cot', 'rag_cot', 'cot_rag')
+ASKED = tuple(f'{m}_constrained' for m in ('base', 'rag', 'cot', 'rag_cot', 'cot_rag'))
 
 @drawn
 def quality_figure(

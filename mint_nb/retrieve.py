@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from .core import InputError, RetrieveParams, atomic_path, cache_dir, digest, file_digest, locked, progress, read_json, versions, write_json
 from .findings import Extractor, is_tuning, with_extracted
-from .matching import NaiveBayesRanker, answer_diseases, catalogue_of, rank_in_blocks
+from .matching import NaiveBayesRanker, answer_diseases, catalogue_of, gene_catalogue, genes_of_disease, rank_in_blocks
 from .metrics import grouped_bootstrap
 from .ontology import Ontology, load_ontology, pool_annotations
 from .patients import add_note, listing, load_cases, phrase
@@ -84,7 +84,7 @@ def write_document(
     lines = [f'{ontology.diseases[disease_id]}.'] + [f"{g}: {say(facts['groups'][g])}." for g in _GROUPS if g in facts['groups']]
     if facts['I']: lines.append(f"Inheritance: {say(facts['I']).replace(' inheritance', '')}.")
     if facts['C']: lines.append(f"Onset and course: {say(facts['C'])}.")
-    genes = [symbol for _, symbol in ontology.genes(disease_id)]
+    genes = genes_of_disease(ontology, disease_id)
     if genes: lines.append(f"{'Gene' if len(genes) == 1 else 'Genes'}: {listing(genes)}.")
     return Document(disease_id, ontology.diseases[disease_id], ' '.join(lines), tuple(sorted(facts['sources'])))
 
@@ -309,9 +309,7 @@ def whole_shelf(ontology: Ontology) -> tuple[dict[str, tuple[int, Document]], Wo
 
 def whole_catalogue(ontology: Ontology, like: Catalogue) -> Catalogue:
     "All annotated diseases, or all their genes if the answers are genes."
-    if all(i.startswith('OMIM:') for i in like.ids): return catalogue_of(ontology)
-    symbols = sorted({s for d in catalogue_of(ontology).ids for _, s in ontology.genes(d)})
-    return Catalogue({s: s for s in symbols})
+    return catalogue_of(ontology) if all(i.startswith('OMIM:') for i in like.ids) else gene_catalogue(ontology)
 
 # %% ../nbs/40_retrieve.ipynb #0050
 @patch

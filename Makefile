@@ -48,7 +48,7 @@ study: .make/env  ## the study, in pieces that resume (hours); CASES=phenopacket
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)
 REASON = HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --profile reasoning
 WRITE = $(BIN)/mint-nb report runs/reasoning/$(1) --csv benchmarks/reasoning/$(1).csv
-ASKED = --methods chance,retrieval,base_constrained,rag_constrained,cot_constrained,rag_cot_constrained,cot_rag_constrained
+ASKED = --methods chance,retrieval,base_constrained,rag_constrained,cot_constrained,rag_cot_constrained,cot_rag_constrained --set student.max_prompt=0
 .PHONY: reasoning
 reasoning: .make/env  ## retrieval and reasoning on three cohorts (an hour); CASES= and NOTES= for the real ones
 	for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-simulated && $(call WRITE,$$t-simulated) || exit 1; done

@@ -273,4 +273,4 @@ def method_name(
     "Take the name of a row apart."
     plain = name.removesuffix('_constrained')
     protocol = max((p for p in PROTOCOLS if plain == p or plain.endswith(f'_{p}')), key=len, default='')
-    return MethodName(plain.removesuffix(protocol).rstrip('_') or 'base', protocol, plain != name)
+    return MethodName(plain.removesuffix(protocol).rstrip('_') or (protocol and 'base'), protocol, plain != name)

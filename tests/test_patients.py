@@ -226,6 +226,16 @@ def test_real_cohort(tmp_path, ontology):
     assert all((run/'cases'/c.image).exists() for c in cases) and len({c.image for c in cases}) == len(cases)
     assert all(c.note and not {'OMIM'} & set(c.note.split()) for c in cases)
 
+def test_test_cases_from_another_source_leave_training(tmp_path):
+    notes = [{'id': f'N{d}', 'note': 'A child with seizures.', 'disease_id': f'OMIM:9{d:05d}', 'pmid_norm': f'PMID:{d}0'} for d in (0, 1, 2, 7)]
+    other = write(tmp_path, 'notes.jsonl', '\n'.join(map(json.dumps, notes)))
+    run = small_real(tmp_path, **{'cohort.test_source': str(other), 'cohort.test': 0, 'cohort.train': 12})
+    make_cohort(run)
+    by = {s: [c for c in cohort_cases(run) if c.split == s] for s in ('train', 'validation', 'test')}
+    assert sorted(c.id for c in by['test']) == ['N0', 'N1', 'N2'] and by['train'] and by['validation']     # 7 is no answer of this cohort
+    assert not {c.group for c in by['test']} & {c.group for c in by['train'] + by['validation']}
+    with pytest.raises(InputError, match='cohort.test_source'): make_cohort(small_real(tmp_path, 'r2', **{'cohort.test_source': str(tmp_path/'absent.jsonl')}))
+
 def test_stage_is_repeatable_and_mends_damage(tmp_path):
     run = open_run(tmp_path/'a', 'smoke'); first = make_cohort(run)
     assert make_cohort(run) == first

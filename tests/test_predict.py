@@ -114,9 +114,25 @@ def test_preference_variants(run):
     assert sorted(map(str, [r['chosen_ids'] for r in mint])) == sorted(map(str, [r['chosen_ids'] for r in shuffled]))
 
 
-@pytest.mark.parametrize('name', ['mynt', 'chance_constrained', 'naive_bayes_constrained', ''])
+@pytest.mark.parametrize('name', ['mynt', 'chance_constrained', 'naive_bayes_constrained', 'naive_bayes_rag', 'retrieval_cot', ''])
 def test_unknown_methods_are_refused(run, name):
     with pytest.raises(InputError, match='there is no such method'): get_method(name)
+
+
+def test_documents_and_steps_are_rows_like_others(run, answers):
+    for m in ('retrieval', 'rag_constrained', 'mint_cot_rag_constrained'):
+        predict_method(run, m, 0)
+        t = read_table(run/f'predictions/{m}-0.parquet')
+        assert set(t.case_id) == {c.id for c in cohort_cases(run, 'test')} and t.answer_id.notna().all(), m
+    logs = [json.loads(t) for t in read_texts(run/'predictions/mint_cot_rag_constrained-0.texts.jsonl').values()]
+    assert all(len(l['turns']) == 5 and l['retrieved'] for l in logs)
+    before = len(run.manifest)
+    predict_method(run, 'rag_constrained', 0)
+    assert len(run.manifest) == before
+
+
+def test_an_endpoint_needs_an_address(run):
+    with pytest.raises(InputError, match='endpoint.url'): predict_method(run, 'api_cot', 0)
 
 
 def test_a_student_that_was_not_trained(run):

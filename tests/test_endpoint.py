@@ -163,7 +163,7 @@ def test_killed_and_started_again(server, folder, proxy, tmp_path):
     again = talk_to(proxy, folder, tmp_path/'c', concurrency=1, retries=2)
     replies = again.turn(NOTES, 4)
     assert all(replies) and again.client.counts | {'asked': 2, 'cached': 2} == again.client.counts
-    assert [b['messages'][1]['content'] for _, b, _ in proxy.seen] == NOTES[2:]
+    assert {b['messages'][1]['content'] for _, b, _ in proxy.seen} == set(NOTES[2:])      # a request that was called off may be noted late
     assert replies[:2] == [h[-1]['content'] for h in third.history]
 
 

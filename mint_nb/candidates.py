@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import InputError, progress
+from .core import progress
 from .decode import NameTrie
 from .engine import Engine, Item, TensorStore, lay_out
 from .students import Student

@@ -10,7 +10,7 @@ __all__ = ['RUNS', 'ASKED', 'PUBLISHED', 'Results', 'read_results', 'reasoning_f
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.figure import Figure
 
 from .core import InputError

@@ -7,9 +7,8 @@ __all__ = ['verdict', 'commands', 'show_cohort', 'comparison_figure', 'labels_fi
            'ablation_figure', 'forgetting_table']
 
 # %% ../nbs/63_results.ipynb #0003
-from typing import Optional, Sequence
-
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from .core import read_json

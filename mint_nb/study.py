@@ -9,15 +9,14 @@ __all__ = ['MAIN', 'LABELS', 'ALL', 'LISTS', 'TRAINING', 'REAL', 'KEEP', 'COMPAR
            'study_cases', 'study_general', 'cohort_results', 'comparisons']
 
 # %% ../nbs/61_study.ipynb #0003
-import json, os
+import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
-import numpy as np, pandas as pd, yaml
-from fastcore.basics import patch
+import pandas as pd, yaml
 
 from .core import InputError, Params, Run, atomic_path, device_name, file_digest, nest, open_params, open_run, progress, read_json, read_table, record, run_stage, versions, write_json, write_table
 from .tasks import Rankings, get_task, list_sizes
@@ -29,7 +28,6 @@ from .engine import Engine, Item, TensorStore
 from .candidates import CandidateRanker
 from .align import SCHEDULES, align, load_aligned
 from .predict import predict_method
-from .report import drawn, in_order, look
 from .pipeline import nbs_folder, threads
 
 # %% ../nbs/61_study.ipynb #0006

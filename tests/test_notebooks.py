@@ -1,5 +1,5 @@
 """The notebooks as source: in order, clean, in sync with the modules, small cells, enough prose."""
-import ast, filecmp, json, re, shutil, statistics, subprocess, sys
+import ast, builtins, dis, filecmp, importlib, json, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, yaml
@@ -150,3 +150,15 @@ def test_exports_are_shown_at_once():
 
 def test_readme_is_made_from_the_index():
     assert 'make docs' in (ROOT/'README.md').read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize('file', sorted(p.stem for p in (ROOT/'mint_nb').glob('[a-z]*.py')))
+def test_modules_know_every_name_they_use(file):
+    "A name that only the notebook imports works there and fails in the package."
+    known = vars(importlib.import_module(f'mint_nb.{file}')).keys() | vars(builtins).keys()
+    todo, lost = [compile((ROOT/f'mint_nb/{file}.py').read_text(), file, 'exec')], set()
+    while todo:
+        code = todo.pop()
+        todo += [c for c in code.co_consts if hasattr(c, 'co_code')]
+        lost |= {i.argval for i in dis.get_instructions(code) if i.opname == 'LOAD_GLOBAL' and i.argval not in known}
+    assert not lost

@@ -48,6 +48,7 @@ study: .make/env  ## the study, in pieces that resume (hours); CASES=phenopacket
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)
 REASON = HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --profile reasoning
 WRITE = $(BIN)/mint-nb report runs/reasoning/$(1) --csv benchmarks/reasoning/$(1).csv
+EXTRACT = $(BIN)/python -c "from mint_nb.reasoning import write_step_extraction as w; w('runs/reasoning/disease-notes', '$(CASES)', 'benchmarks/reasoning/extraction.csv')"
 ASKED = --methods chance,retrieval,base_constrained,rag_constrained,cot_constrained,rag_cot_constrained,cot_rag_constrained --set student.max_prompt=0
 .PHONY: reasoning
 reasoning: .make/env  ## retrieval and reasoning on three cohorts (an hour); CASES= and NOTES= for the real ones
@@ -56,7 +57,13 @@ reasoning: .make/env  ## retrieval and reasoning on three cohorts (an hour); CAS
 	$(REASON) $(ASKED) --out runs/reasoning/quality-noisy --set cohort.note_noise=0.5 --set cohort.note_style=long --set cohort.max_findings=16 && $(call WRITE,quality-noisy)
 	$(if $(CASES),for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-phenopackets --cases $(CASES) --set cohort.diseases=40 && $(call WRITE,$$t-phenopackets) || exit 1; done,@echo 'published cases: left out, needs CASES=phenopackets.zip')
 	$(if $(and $(CASES),$(NOTES)),$(REASON) $(ASKED) --out runs/reasoning/quality-notes --cases $(CASES) --set cohort.test_source=$(NOTES) --set cohort.diseases=0 && $(call WRITE,quality-notes))
-	$(if $(and $(CASES),$(NOTES)),for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-notes --cases $(CASES) --set cohort.test_source=$(NOTES) --set cohort.diseases=0 --set cohort.train=240 && $(call WRITE,$$t-notes) || exit 1; done,@echo 'free-text notes: left out, needs CASES= and NOTES=notes.jsonl.gz')
+	$(if $(and $(CASES),$(NOTES)),for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-notes --cases $(CASES) --set cohort.test_source=$(NOTES) --set cohort.diseases=0 --set cohort.train=240 && $(call WRITE,$$t-notes) || exit 1; done; \
+	$(EXTRACT),@echo 'free-text notes: left out, needs CASES= and NOTES=notes.jsonl.gz')
+
+.PHONY: calibrate
+calibrate: .make/env  ## the calibration study, three seeds (hours); CASES=phenopackets.zip adds published cases
+	HF_HUB_OFFLINE=1 $(BIN)/mint-nb calibrate
+	$(if $(CASES),HF_HUB_OFFLINE=1 $(BIN)/mint-nb calibrate --cases $(CASES) --out runs/calibration-real)
 
 .PHONY: export
 export: .make/env  ## clear outputs, clean, and write mint_nb/*.py from the notebooks

@@ -60,7 +60,6 @@ def path_probabilities(
     return logits.new_zeros(len(names.paths)).index_add(0, names.name, logits[names.taken] - norm)
 
 # %% ../nbs/34_candidates.ipynb #0015
-@torch.no_grad()
 def name_logps(
     engine: Engine,
     context: Sequence[int],   # token ids up to where the first name begins
@@ -105,7 +104,7 @@ def scores(self: CandidateRanker,
     for n, c in enumerate(progress(cases, f'{self.name}: candidates')):
         some = [j for j, i in enumerate(self.catalogue.ids) if not c.candidates or i in c.candidates]
         names = self.names if len(some) == len(self.catalogue) else name_paths([self.names.paths[j] for j in some])
-        out[n, some] = name_logps(self.engine, self.context(c), names).double().cpu().numpy()
+        with torch.no_grad(): out[n, some] = name_logps(self.engine, self.context(c), names).double().cpu().numpy()
     return out
 
 @patch

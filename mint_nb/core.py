@@ -6,9 +6,9 @@
 __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_json', 'read_json', 'write_jsonl', 'write_table',
            'read_table', 'digest', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress',
            'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
-           'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'Params', 'nest', 'resolve_params',
-           'Run', 'open_run', 'versions', 'locked', 'device_name', 'native_bf16', 'record', 'stage_key', 'run_stage',
-           'stage_done', 'stage_run', 'open_params']
+           'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'CalibrateParams', 'Params', 'nest',
+           'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name', 'native_bf16', 'record',
+           'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
@@ -256,6 +256,19 @@ class AnalysisParams(Section):
     worked_cases: int = 4           # cases shown in full in the report
 
 # %% ../nbs/00_core.ipynb #0037
+class CalibrateParams(Section):
+    "Confidence, and what is done about it (42_calibrate)."
+    options: int = 4                # of a multiple-choice question
+    epochs: float = 1.              # of a treatment, over the training cases
+    lr: float = 2e-4
+    smoothing: float = 0.1          # label smoothing
+    weight: float = 1.              # of the calibration loss
+    distance: Literal['squared', 'kl'] = 'squared'   # of the calibration loss; squared is the paper's
+    bins: int = 10
+    steps: int = 3                  # E-steps of a treatment
+    level: float = 0.9              # of the lists
+
+# %% ../nbs/00_core.ipynb #0038
 class Params(Section):
     "Everything a run is started with."
     profile: str = 'laptop'
@@ -271,9 +284,10 @@ class Params(Section):
     retrieve: RetrieveParams = Field(default_factory=RetrieveParams)
     reason: ReasonParams = Field(default_factory=ReasonParams)
     endpoint: EndpointParams = Field(default_factory=EndpointParams)
+    calibrate: CalibrateParams = Field(default_factory=CalibrateParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0039
+# %% ../nbs/00_core.ipynb #0040
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -292,7 +306,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0041
+# %% ../nbs/00_core.ipynb #0042
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -308,7 +322,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0044
+# %% ../nbs/00_core.ipynb #0045
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -326,7 +340,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0046
+# %% ../nbs/00_core.ipynb #0047
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -349,7 +363,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0049
+# %% ../nbs/00_core.ipynb #0050
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -366,7 +380,7 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0050
+# %% ../nbs/00_core.ipynb #0051
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
@@ -379,7 +393,7 @@ def native_bf16() -> bool:
     can = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
-# %% ../nbs/00_core.ipynb #0053
+# %% ../nbs/00_core.ipynb #0054
 def record(
     run: Run,      # the run folder
     entry: dict,   # with `stage` and `status`
@@ -393,7 +407,7 @@ def record(
     except OSError as e:
         if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
-# %% ../nbs/00_core.ipynb #0055
+# %% ../nbs/00_core.ipynb #0056
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -410,7 +424,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0056
+# %% ../nbs/00_core.ipynb #0057
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -436,7 +450,7 @@ def run_stage(
             record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0058
+# %% ../nbs/00_core.ipynb #0059
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -448,7 +462,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0062
+# %% ../nbs/00_core.ipynb #0063
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'ASKED', 'PUBLISHED', 'Results', 'read_results', 'reasoning_folder', 'found_runs', 'run_table',
-           'quality_figure', 'published_figure', 'full_catalogue']
+           'quality_figure', 'step_extraction', 'write_step_extraction', 'published_figure', 'full_catalogue']
 
 # %% ../nbs/64_reasoning.ipynb #0003
 from pathlib import Path
@@ -13,9 +13,16 @@ from typing import NamedTuple, Optional, Sequence
 import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.figure import Figure
 
-from .core import InputError
+from .cohort import cohort_cases
+from .core import InputError, Run, atomic_path, open_params, versions
+from .findings import Extractor, extraction_table
+from .ontology import Ontology, load_ontology
+from .patients import load_cases
 from .pipeline import nbs_folder
+from .predict import read_texts
+from .reason import logged_phenotypes
 from .report import drawn, in_order, look, results_markdown, results_wide
+from .tasks import Case
 
 # %% ../nbs/64_reasoning.ipynb #0006
 RUNS = {'disease-simulated': 'simulated notes', 'disease-phenopackets': 'published cases, written notes', 'disease-notes': 'free-text notes by GPT-4',
@@ -76,6 +83,38 @@ def quality_figure(
     return fig
 
 # %% ../nbs/64_reasoning.ipynb #0013
+def step_extraction(
+    texts: dict[str, str],      # case id to the log of a conversation in steps
+    cases: Sequence[Case],      # whose notes were read
+    records: Sequence[Case],    # the same patients, with the findings on record
+    ontology: Ontology,
+    bootstrap: int = 2000,
+) -> pd.DataFrame:              # as `extraction_table`
+    "Step 1 of a model beside our dictionary, graded by the findings on record."
+    said = logged_phenotypes(texts, ontology)
+    by_note = {c.note: said[c.id] for c in cases if c.id in said}
+    some = [c for c in cases if c.id in said]
+    readers = {'dictionary': Extractor(ontology).extract, 'step 1 of the student': lambda notes: [by_note[n] for n in notes]}
+    return extraction_table(some, records, ontology, readers, bootstrap)
+
+# %% ../nbs/64_reasoning.ipynb #0016
+def write_step_extraction(
+    run: Path | str,       # a finished run whose methods include `method`
+    records: Path | str,   # phenopackets, with the findings on record
+    out: Path | str,       # CSV file
+    method: str = 'cot',
+    bootstrap: int = 2000,
+) -> pd.DataFrame:         # `step_extraction`
+    "Grade step 1 of a run and write the table, with the command in its first line."
+    r, ontology = Run(run, open_params(run)), load_ontology()
+    texts = read_texts(r/f'predictions/{method}-{r.params.seeds[0]}.texts.jsonl')
+    t = step_extraction(texts, cohort_cases(r, 'test'), load_cases(records, ontology)[0], ontology, bootstrap).round(4)
+    head = f"# from mint_nb.reasoning import write_step_extraction; write_step_extraction('{run}', 'phenopackets.zip', '{out}', '{method}', {bootstrap})\n" \
+           f"# student {r.params.student.model}, steps of {r.params.reason.max_new_tokens} tokens, HPO {ontology.version}; 95 % intervals by publication; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
+    with atomic_path(out) as tmp: tmp.write_text(head + t.to_csv(index=False))
+    return t
+
+# %% ../nbs/64_reasoning.ipynb #0018
 PUBLISHED = {'Exomiser': .585, 'o1-preview': .368, 'GPT-4o': .355}   # top 10, 5,213 phenopackets, findings only (Reese et al., PMC11302616)
 
 @drawn
@@ -99,7 +138,7 @@ def published_figure(
     axes[0][0].set_yticks(range(len(labels)), labels)
     return fig
 
-# %% ../nbs/64_reasoning.ipynb #0014
+# %% ../nbs/64_reasoning.ipynb #0019
 def full_catalogue(
     t: pd.DataFrame,   # of `benchmarks/retrieval.csv`
 ) -> pd.DataFrame:     # panel, label, value, lo, hi, n

@@ -281,5 +281,5 @@ def calibrate(
         t = calibrate_questions(questions, student, resolve_params(profile, over), out)
         typer.echo(t[t.metric.isin(['accuracy', 'ece', 'ece_debiased', 'brier'])].round(4).to_string(index=False)); return
     run = open_run(out, profile, over)
-    typer.echo(calibration_markdown(calibrate_run(run, workers=workers)))
+    typer.echo(calibration_markdown(calibrate_run(run, workers=workers, problem=not cases)))
     if results_home().parent.exists() and profile == 'calibration': typer.echo('\n'.join(map(str, write_results(run, 'phenopackets' if cases else 'simulated'))))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'TREATED', 'SHOWN', 'results_home', 'write_results', 'Found', 'read_results', 'called', 'pooled',
-           'calibration_markdown', 'reliability_figure', 'regime_figure', 'ratios']
+           'calibration_markdown', 'reliability_figure', 'regime_figure', 'problem_figure', 'ratios']
 
 # %% ../nbs/66_honest.ipynb #0003
 from pathlib import Path
@@ -19,7 +19,7 @@ from .pipeline import nbs_folder
 from .report import drawn, interval_text, look
 
 # %% ../nbs/66_honest.ipynb #0006
-TABLES = ('calibration', 'calibration_differences', 'calibration_bins')
+TABLES = ('calibration', 'calibration_differences', 'calibration_bins', 'calibration_problem')
 
 def results_home() -> Path:
     "Where the results stand in a checkout."
@@ -31,7 +31,7 @@ def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]
     spent = sum(e['seconds'] for e in run.manifest if e['status'] == 'done')
     head = f"# mint-nb calibrate --out {run.path}{' --cases phenopackets.zip' if p.cohort.source else ''}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, p.seeds))}, " \
            f"stages {spent/60:.0f} min in all, some side by side, on {device_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
-    for table in TABLES:
+    for table in (t for t in TABLES if (run/f'analysis/{t}.parquet').exists()):
         t, file = pd.read_parquet(run/f'analysis/{table}.parquet'), (out or results_home())/f'{name}-{table}.csv'
         if table == 'calibration': t = t[(t.seed == -1) | (t.seed.nunique() == 1) | t.metric.isin(['accuracy', 'ece', 'ece_debiased']) & (t.part == 'test')]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +42,15 @@ def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]
 # %% ../nbs/66_honest.ipynb #0007
 class Found(NamedTuple):
     "The results of one cohort."
-    head: list[str]; table: pd.DataFrame; differences: pd.DataFrame; bins: pd.DataFrame
+    head: list[str]; table: pd.DataFrame; differences: pd.DataFrame; bins: pd.DataFrame; problem: Optional[pd.DataFrame]   # None: not run
 
 def read_results(name: str, folder: Optional[Path] = None) -> Found:
     "Read what `write_results` wrote."
     files = [(folder or results_home())/f'{name}-{t}.csv' for t in TABLES]
-    for f in files:
+    for f in files[:3]:
         if not f.exists(): raise InputError('is not there yet', file=f, hint='make calibrate')
     head = [l.removeprefix('# ') for l in files[0].read_text().splitlines() if l.startswith('#')]
-    return Found(head, *(pd.read_csv(f, comment='#') for f in files))
+    return Found(head, *(pd.read_csv(f, comment='#') if f.exists() else None for f in files))
 
 # %% ../nbs/66_honest.ipynb #0013
 TREATED = {'none': 'none', 'temperature': 'temperature', 'smoothing': 'label smoothing', 'cft': 'CFT', 'rcft': 'RCFT'}
@@ -112,7 +112,28 @@ def regime_figure(
     ax.set(xlabel='accuracy', ylabel='ECE', xlim=(0, 1), ylim=(0, 1)); fig.legend(loc='outside right center', fontsize=7)
     return fig
 
-# %% ../nbs/66_honest.ipynb #0021
+# %% ../nbs/66_honest.ipynb #0020
+@drawn
+def problem_figure(
+    t: pd.DataFrame,   # from `problem_rows`
+    cohort: str,
+) -> Figure:
+    "Confidence and accuracy over training, and over beta and epochs; the band holds 80 % of the cases."
+    steps, other = t[t.kind == 'updates'], t[t.kind == 'parameter']
+    methods = list(dict.fromkeys(steps.method))
+    fig, axes = plt.subplots(1, len(methods) + 1, figsize=(2.7*len(methods) + 3.4, 3), sharey=True, width_ratios=[1]*len(methods) + [1.3])
+    for ax, m in zip(axes, methods):
+        g = steps[steps.method == m].assign(at=lambda g: g.what.astype(int)).sort_values('at')
+        ax.fill_between(g['at'], g.low, g.high, color=look(m).colour, alpha=.15)
+        ax.plot(g['at'], g.confidence, color=look(m).colour, label='confidence'); ax.plot(g['at'], g.accuracy, color='#111827', ls=(0, (4, 3)), label='accuracy')
+        ax.set(title=called(m), xlabel='updates', ylim=(0, 1))
+    x = range(len(other))
+    axes[-1].vlines(x, other.low, other.high, color=look('mint').colour, alpha=.3, lw=6); axes[-1].plot(x, other.confidence, 'o', color=look('mint').colour)
+    axes[-1].plot(x, other.accuracy, '_', color='#111827', ms=14); axes[-1].set(title='MINT, one parameter changed'); axes[-1].set_xticks(x, other.what, rotation=40, ha='right')
+    axes[0].legend(loc='upper left', fontsize=8)
+    return fig
+
+# %% ../nbs/66_honest.ipynb #0023
 def ratios(found: Found, method: str = 'mint') -> pd.DataFrame:   # treatment, ece, ratio to untreated
     "Calibration error of each treatment as a share of the untreated model's."
     t = pooled(found.table)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'ASKED', 'PUBLISHED', 'Results', 'read_results', 'reasoning_folder', 'found_runs', 'run_table',
-           'quality_figure', 'step_extraction', 'write_step_extraction', 'published_figure', 'full_catalogue']
+           'quality_figure', 'step_extraction', 'write_step_extraction', 'published_figure', 'full_catalogue', 'apart']
 
 # %% ../nbs/64_reasoning.ipynb #0003
 from pathlib import Path
@@ -149,3 +149,15 @@ def full_catalogue(
     t = t.assign(panel=t.control.map(panels), label=[f'{methods[m]}, {n} {notes[c]}' for m, n, c in zip(t.method, t.n, t.cohort)])
     place = {k: i for i, k in enumerate((*panels.values(), *methods))}
     return t.sort_values(['panel', 'cohort', 'method'], key=lambda c: c.map(lambda v: place.get(v, 0)), kind='stable')[['panel', 'label', 'value', 'lo', 'hi', 'n']]
+
+# %% ../nbs/64_reasoning.ipynb #0024
+def apart(
+    table: pd.DataFrame,   # method, metric, value, lo, hi, n: of one run
+    a: str, b: str,        # methods
+    metric: str = 'top1',
+) -> str:
+    "Two rows of a run in words; their intervals are of the same cases, so apart is a strict reading."
+    t = table[table.metric == metric].set_index('method')
+    x, y, said = t.loc[a], t.loc[b], lambda r: f'{100*r.value:.0f} ({100*r.lo:.0f} to {100*r.hi:.0f})'
+    how = 'above' if x.lo > y.hi else 'below' if x.hi < y.lo else 'not apart from'
+    return f'{look(a).label} {said(x)} is {how} {look(b).label} {said(y)}, n = {x.n}'

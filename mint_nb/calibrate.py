@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'TREATMENTS', 'Choice', 'name_choices', 'letter_choice', 'case_choices', 'read_questions', 'choice_logps',
-           'choice_table', 'tempered', 'fit_temperature', 'bin_accuracy', 'calibration_targets', 'calibration_loss',
-           'smoothed_nll', 'published_calibration_loss', 'Treatment', 'CalibrationTrainer', 'treat_student']
+           'choice_table', 'choice_rankings', 'tempered', 'fit_temperature', 'bin_accuracy', 'calibration_targets',
+           'calibration_loss', 'smoothed_nll', 'published_calibration_loss', 'Treatment', 'CalibrationTrainer',
+           'treat_student']
 
 # %% ../nbs/42_calibrate.ipynb #0003
 import json
@@ -27,7 +28,7 @@ from .core import CalibrateParams, InputError, TrainParams, progress
 from .engine import Bar, Engine, Item, PreferenceTrainer, trainer_settings
 from .losses import Total
 from .students import Student
-from .tasks import Case, Catalogue, Task
+from .tasks import Case, Catalogue, Rankings, Task, make_rankings
 
 # %% ../nbs/42_calibrate.ipynb #0007
 @dataclass(frozen=True)
@@ -133,7 +134,16 @@ def choice_table(
     engine.model.train(mode)
     return np.stack(out)
 
-# %% ../nbs/42_calibrate.ipynb #0022
+# %% ../nbs/42_calibrate.ipynb #0021
+def choice_rankings(
+    logp: np.ndarray,            # (n, N) log-probabilities
+    choices: Sequence[Choice],
+) -> Rankings:                   # `prob` is filled
+    "The options of every question, most likely first."
+    return make_rankings(dict(case_id=c.case_id, rank=r, answer_id=c.options[j], written=c.options[j], score=l[j], prob=np.exp(l[j]))
+                         for l, c in zip(logp, choices) for r, j in enumerate(np.argsort(-l, kind='stable'), 1))
+
+# %% ../nbs/42_calibrate.ipynb #0024
 def tempered(logp: np.ndarray, temperature: float) -> np.ndarray:   # (n, N) log-probabilities
     "Log-probabilities at another temperature."
     z = logp/temperature
@@ -148,7 +158,7 @@ def fit_temperature(
     at = (np.arange(len(logp)), np.asarray(truth))
     return float(np.exp(minimize_scalar(lambda t: -tempered(logp, np.exp(t))[at].mean(), bounds=(-3, 3), method='bounded').x))
 
-# %% ../nbs/42_calibrate.ipynb #0025
+# %% ../nbs/42_calibrate.ipynb #0027
 def bin_accuracy(
     confidence: np.ndarray, correct: np.ndarray,   # (n,) of calibration cases
     bins: int = 10,
@@ -169,7 +179,7 @@ def calibration_targets(
     others = logp.scatter(1, best, -torch.inf).softmax(1)
     return ((1 - acc)*others).scatter(1, best, acc)
 
-# %% ../nbs/42_calibrate.ipynb #0027
+# %% ../nbs/42_calibrate.ipynb #0029
 def calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -188,7 +198,7 @@ def smoothed_nll(
     "Label smoothing over the options (Szegedy et al., arXiv 1512.00567)."
     return F.nll_loss(logp, torch.as_tensor(truth, device=logp.device))*(1 - smoothing) - smoothing*logp.mean(1).mean()
 
-# %% ../nbs/42_calibrate.ipynb #0030
+# %% ../nbs/42_calibrate.ipynb #0032
 def published_calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -205,7 +215,7 @@ def published_calibration_loss(
     each = (best - acc)**2 + (((p - c[:, None]*(bend + 1))*rest)**2).sum(1)
     return sum((each[code == k].mean() for k in range(bins) if (code == k).any()), torch.zeros((), dtype=p.dtype, device=p.device))
 
-# %% ../nbs/42_calibrate.ipynb #0037
+# %% ../nbs/42_calibrate.ipynb #0039
 class Treatment(NamedTuple):
     "A training run that changes confidence."
     loss: str = 'sft'              # a key of `LOSSES`
@@ -216,7 +226,7 @@ class Treatment(NamedTuple):
 TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
               'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em')}
 
-# %% ../nbs/42_calibrate.ipynb #0038
+# %% ../nbs/42_calibrate.ipynb #0040
 class CalibrationTrainer(PreferenceTrainer):
     "A trainer of the engine with a term over the options of each case."
     def __init__(self,
@@ -239,7 +249,7 @@ class CalibrationTrainer(PreferenceTrainer):
         self.accuracy = bin_accuracy(confidence, correct, self.options.bins)
         self.history.append({'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())})
 
-# %% ../nbs/42_calibrate.ipynb #0039
+# %% ../nbs/42_calibrate.ipynb #0041
 @patch
 def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     "What a treatment adds for one case."
@@ -263,7 +273,7 @@ def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=No
     if how == 'em' and step % self.every == 0 or how == 'published' and self.accuracy is None: self.e_step()
     return PreferenceTrainer.training_step(self, model, inputs, num_items_in_batch)
 
-# %% ../nbs/42_calibrate.ipynb #0040
+# %% ../nbs/42_calibrate.ipynb #0042
 def treat_student(
     student: Student,             # with an adapter, which is trained on
     treatment: str,               # one of `TREATMENTS`

@@ -215,7 +215,7 @@ def published_calibration_loss(
     each = (best - acc)**2 + (((p - c[:, None]*(bend + 1))*rest)**2).sum(1)
     return sum((each[code == k].mean() for k in range(bins) if (code == k).any()), torch.zeros((), dtype=p.dtype, device=p.device))
 
-# %% ../nbs/42_calibrate.ipynb #0039
+# %% ../nbs/42_calibrate.ipynb #0041
 class Treatment(NamedTuple):
     "A training run that changes confidence."
     loss: str = 'sft'              # a key of `LOSSES`
@@ -226,7 +226,7 @@ class Treatment(NamedTuple):
 TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
               'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em')}
 
-# %% ../nbs/42_calibrate.ipynb #0040
+# %% ../nbs/42_calibrate.ipynb #0042
 class CalibrationTrainer(PreferenceTrainer):
     "A trainer of the engine with a term over the options of each case."
     def __init__(self,
@@ -249,7 +249,7 @@ class CalibrationTrainer(PreferenceTrainer):
         self.accuracy = bin_accuracy(confidence, correct, self.options.bins)
         self.history.append({'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())})
 
-# %% ../nbs/42_calibrate.ipynb #0041
+# %% ../nbs/42_calibrate.ipynb #0043
 @patch
 def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     "What a treatment adds for one case."
@@ -273,7 +273,7 @@ def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=No
     if how == 'em' and step % self.every == 0 or how == 'published' and self.accuracy is None: self.e_step()
     return PreferenceTrainer.training_step(self, model, inputs, num_items_in_batch)
 
-# %% ../nbs/42_calibrate.ipynb #0042
+# %% ../nbs/42_calibrate.ipynb #0044
 def treat_student(
     student: Student,             # with an adapter, which is trained on
     treatment: str,               # one of `TREATMENTS`

@@ -29,7 +29,7 @@ def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]
     "Copy the tables of a run, with what they come from."
     written, p = [], run.params
     spent = sum(e['seconds'] for e in run.manifest if e['status'] == 'done')
-    head = f"# mint-nb calibrate --out {run.path}{' --cases phenopackets.zip' if p.cohort.source else ''}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, p.seeds))}, " \
+    head = f"# mint-nb calibrate --out runs/{run.path.name}{' --cases phenopackets.zip' if p.cohort.source else ''}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, p.seeds))}, " \
            f"stages {spent/60:.0f} min in all, some side by side, on {device_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
     for table in (t for t in TABLES if (run/f'analysis/{t}.parquet').exists()):
         t, file = pd.read_parquet(run/f'analysis/{table}.parquet'), (out or results_home())/f'{name}-{table}.csv'

@@ -149,7 +149,7 @@ def render() -> None:
     if local: shutil.copytree(local, site/'katex')
     else: print('  note: npm is not here, so formulas are drawn only where the reader is online')
     for page in site.rglob('*.html'):
-        text = page.read_text()
+        text = re.sub(rf'\[(`[^`\]]+`)\]\({re.escape(home)}[^)\s]*\)', r'\1', page.read_text())     # a link inside a code block is no link
         lost = sorted({l for l in re.findall(f'href="{home}([^"#]+)', text) if not (site/l).exists()})
         if lost: sys.exit(f'{page.name} links to pages that do not exist: {", ".join(lost)}')
         page.write_text(text.replace(f'href="{home}', 'href="').replace(KATEX, 'katex' if local else KATEX))

@@ -122,6 +122,7 @@ def choice_logps(engine: Engine, choice: Choice) -> Tensor:   # (options,), sum 
     "Log-probability of every option."
     return name_logps(engine, choice.context, choice.names)
 
+# %% ../nbs/42_calibrate.ipynb #0020
 @torch.no_grad()
 def choice_table(
     engine: Engine, choices: Sequence[Choice],   # with the same number of options
@@ -134,7 +135,7 @@ def choice_table(
     engine.model.train(mode)
     return np.stack(out)
 
-# %% ../nbs/42_calibrate.ipynb #0021
+# %% ../nbs/42_calibrate.ipynb #0022
 def choice_rankings(
     logp: np.ndarray,            # (n, N) log-probabilities
     choices: Sequence[Choice],
@@ -143,7 +144,7 @@ def choice_rankings(
     return make_rankings(dict(case_id=c.case_id, rank=r, answer_id=c.options[j], written=c.options[j], score=l[j], prob=np.exp(l[j]))
                          for l, c in zip(logp, choices) for r, j in enumerate(np.argsort(-l, kind='stable'), 1))
 
-# %% ../nbs/42_calibrate.ipynb #0024
+# %% ../nbs/42_calibrate.ipynb #0025
 def tempered(logp: np.ndarray, temperature: float) -> np.ndarray:   # (n, N) log-probabilities
     "Log-probabilities at another temperature."
     z = logp/temperature
@@ -158,7 +159,7 @@ def fit_temperature(
     at = (np.arange(len(logp)), np.asarray(truth))
     return float(np.exp(minimize_scalar(lambda t: -tempered(logp, np.exp(t))[at].mean(), bounds=(-3, 3), method='bounded').x))
 
-# %% ../nbs/42_calibrate.ipynb #0027
+# %% ../nbs/42_calibrate.ipynb #0028
 def bin_accuracy(
     confidence: np.ndarray, correct: np.ndarray,   # (n,) of calibration cases
     bins: int = 10,
@@ -168,6 +169,7 @@ def bin_accuracy(
     n, hits = np.bincount(code, minlength=bins), np.bincount(code, np.asarray(correct, float), bins)
     return (hits + np.mean(correct))/(n + 1)
 
+# %% ../nbs/42_calibrate.ipynb #0029
 def calibration_targets(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,) from `bin_accuracy`
@@ -179,7 +181,7 @@ def calibration_targets(
     others = logp.scatter(1, best, -torch.inf).softmax(1)
     return ((1 - acc)*others).scatter(1, best, acc)
 
-# %% ../nbs/42_calibrate.ipynb #0029
+# %% ../nbs/42_calibrate.ipynb #0031
 def calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -190,6 +192,7 @@ def calibration_loss(
     if distance == 'kl': return F.kl_div(logp, target, reduction='batchmean')
     return ((logp.exp() - target)**2).sum(1).mean()
 
+# %% ../nbs/42_calibrate.ipynb #0032
 def smoothed_nll(
     logp: Tensor,            # (n, N)
     truth: Sequence[int],
@@ -198,7 +201,7 @@ def smoothed_nll(
     "Label smoothing over the options (Szegedy et al., arXiv 1512.00567)."
     return F.nll_loss(logp, torch.as_tensor(truth, device=logp.device))*(1 - smoothing) - smoothing*logp.mean(1).mean()
 
-# %% ../nbs/42_calibrate.ipynb #0032
+# %% ../nbs/42_calibrate.ipynb #0035
 def published_calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -215,7 +218,7 @@ def published_calibration_loss(
     each = (best - acc)**2 + (((p - c[:, None]*(bend + 1))*rest)**2).sum(1)
     return sum((each[code == k].mean() for k in range(bins) if (code == k).any()), torch.zeros((), dtype=p.dtype, device=p.device))
 
-# %% ../nbs/42_calibrate.ipynb #0041
+# %% ../nbs/42_calibrate.ipynb #0044
 class Treatment(NamedTuple):
     "A training run that changes confidence."
     loss: str = 'sft'              # a key of `LOSSES`
@@ -226,7 +229,7 @@ class Treatment(NamedTuple):
 TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
               'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em')}
 
-# %% ../nbs/42_calibrate.ipynb #0042
+# %% ../nbs/42_calibrate.ipynb #0045
 class CalibrationTrainer(PreferenceTrainer):
     "A trainer of the engine with a term over the options of each case."
     def __init__(self,
@@ -249,7 +252,7 @@ class CalibrationTrainer(PreferenceTrainer):
         self.accuracy = bin_accuracy(confidence, correct, self.options.bins)
         self.history.append({'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())})
 
-# %% ../nbs/42_calibrate.ipynb #0043
+# %% ../nbs/42_calibrate.ipynb #0046
 @patch
 def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     "What a treatment adds for one case."
@@ -258,6 +261,7 @@ def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     if how == 'published': return (1 - self.treatment.keep)*1e-3*published_calibration_loss(logp, self.accuracy)
     return p.weight*calibration_loss(logp, self.accuracy, p.distance)
 
+# %% ../nbs/42_calibrate.ipynb #0047
 @patch
 def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) -> tuple[Tensor, dict]:
     "A row's share of the batch's loss, with the term over options."
@@ -266,6 +270,7 @@ def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) ->
     more = torch.stack([self.term(self.choices[i.case_id]) for i in row]).sum()/total.items
     return self.treatment.keep*loss + more, seen | {'over_options': more.detach()}
 
+# %% ../nbs/42_calibrate.ipynb #0048
 @patch
 def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "An update, after an E-step where one is due."
@@ -273,7 +278,7 @@ def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=No
     if how == 'em' and step % self.every == 0 or how == 'published' and self.accuracy is None: self.e_step()
     return PreferenceTrainer.training_step(self, model, inputs, num_items_in_batch)
 
-# %% ../nbs/42_calibrate.ipynb #0044
+# %% ../nbs/42_calibrate.ipynb #0049
 def treat_student(
     student: Student,             # with an adapter, which is trained on
     treatment: str,               # one of `TREATMENTS`

@@ -84,7 +84,7 @@ def run_overrides(
     try: out |= {'seeds': [int(s) for s in comma_list(seeds)]} if seeds else {}
     except ValueError as e: raise InputError('are not whole numbers', record=seeds, field='--seeds') from e
     if methods: out['methods'] = comma_list(methods)
-    elif cases: out['methods'] = with_clean(list(resolve_params(profile).methods))
+    elif cases: out['methods'] = with_clean(list(resolve_params(profile, {'task': task}).methods))
     return out | parse_sets(sets or [])
 
 # %% ../nbs/68_cli.ipynb #0019
@@ -120,7 +120,7 @@ def show_report(run: Run) -> None:
 @clean_errors
 def run(
     task: Annotated[str, typer.Option(help='disease, gene or tissue')] = 'disease',
-    cases: Annotated[Optional[Path], typer.Option(help='real cases: phenopackets (JSON, folder, zip, JSONL) or a GMDB folder; without it they are simulated')] = None,
+    cases: Annotated[Optional[Path], typer.Option(help='real cases: phenopackets (JSON, folder, zip, JSONL) or a GMDB folder; for tissue a PanNuke folder, or a zip or folder of tiles with labels.csv; without it they are simulated')] = None,
     profile: Annotated[str, typer.Option(help='recipe: smoke, laptop, or a YAML file')] = 'laptop',
     out: Annotated[Optional[Path], typer.Option(help='run folder; default runs/PROFILE')] = None,
     methods: Annotated[str, typer.Option(help='comma-separated; default: those of the recipe')] = '',

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'InputError', 'atomic_path', 'write_json', 'read_json', 'write_jsonl', 'write_table',
            'read_table', 'digest', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress',
-           'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'TrainParams', 'PredictParams',
-           'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'CalibrateParams', 'Params', 'nest',
-           'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name', 'native_bf16', 'record',
-           'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
+           'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'VisionParams', 'TrainParams',
+           'PredictParams', 'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'CalibrateParams',
+           'Params', 'nest', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name', 'native_bf16',
+           'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
-import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, time
+import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, resource, shutil, sys, tempfile, threading, time
 from datetime import datetime, timezone
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
@@ -106,6 +106,8 @@ def _strip_docs(tree: ast.AST) -> ast.AST:
             body[0] = ast.Pass()
     return tree
 
+_parsing = threading.Lock()   # Python 3.11 mixes up the recursion depths of two threads that parse at the same time (cpython issue 106905)
+
 @functools.cache
 def code_modules(module: str) -> dict[str, str]:
     "A module and all `mint_nb` modules it imports, with their syntax trees as text."
@@ -114,7 +116,7 @@ def code_modules(module: str) -> dict[str, str]:
         name = todo.pop()
         if name in seen: continue
         spec = importlib.util.find_spec(name)
-        tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
+        with _parsing: tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
         froms = [(n.level, n.module or '') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         todo += [f'mint_nb.{m}' if level else m for level, m in froms if level or m.startswith('mint_nb.')]   # nbdev writes relative imports
         seen[name] = ast.dump(_strip_docs(tree))
@@ -153,7 +155,7 @@ class Section(BaseModel):
 # %% ../nbs/00_core.ipynb #0030
 class CohortParams(Section):
     "Which patients."
-    source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, or a GMDB folder; None simulates
+    source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, a GMDB folder; tiles: a PanNuke folder, a zip or folder of tiles; None simulates
     test_source: Optional[str] = None   # real cohort: test cases from another file; their publications leave the source
     diseases: int = 16              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
@@ -166,7 +168,8 @@ class CohortParams(Section):
     max_findings: int = 8           # findings a note mentions at most
     note_noise: float = 0.25        # share of a simulated patient's findings that are imprecise or unrelated (measured: see 04_patients)
     note_style: Literal['brief', 'clinic', 'long'] = 'brief'  # phrasing of the written note
-    image_size: int = 64            # pixels per side of a portrait
+    image_size: int = 64            # pixels per side of a portrait, or of a simulated tile
+    tiles: int = 2                  # simulated tissue: tiles a patient gives
     embeddings: Optional[str] = None   # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
     label_share: float = 1.0        # share of training cases that carry a diagnosis
     seed: int = 0                   # seed of the cases and the split
@@ -174,15 +177,18 @@ class CohortParams(Section):
 # %% ../nbs/00_core.ipynb #0031
 class TeacherParams(Section):
     "The upstream multimodal model."
-    weights: Optional[str] = None   # folder of pretrained ViLT weights; None trains from a small config
+    weights: Optional[str] = None   # folder of pretrained ViLT weights (tiles: CLIP weights such as PLIP); None trains from a small config
     hidden: int = 128; layers: int = 2; heads: int = 4; patch: int = 16
     epochs: int = 30; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
     members: int = 2                # networks whose probabilities are averaged
     drop_findings: float = 0.3      # share of the text's phrases hidden at random in training
-    pretrain: int = 3000            # drawings of random people that a small encoder learns to measure first; 0: none
+    pretrain: int = 3000            # drawings of random people, or tiles of random morphology, that a small encoder learns from first; 0: none
     pretrain_epochs: int = 20
     folds: int = 3                  # cross-fitting folds
-    view: Literal['both', 'note', 'portrait'] = 'both'   # what it sees when it ranks
+    view: Literal['both', 'note', 'portrait', 'zero_shot', 'probe', 'tuned'] = 'both'   # what it sees when it ranks; tiles: how it ranks
+    stain: float = 0.1              # tiles: spread of the stain augmentation, in optical density and as a factor
+    probe_c: float = 1.0            # tiles: inverse strength of the linear probe's L2 penalty
+    tune_epochs: int = 8; tune_lr: float = 5e-4   # tiles: fine-tuning with labels
 
 # %% ../nbs/00_core.ipynb #0032
 class PairParams(Section):
@@ -203,6 +209,18 @@ class StudentParams(Section):
     load_in_4bit: bool = False
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'   # of frozen weights; auto: bf16 where the processor multiplies it natively
 
+# %% ../nbs/00_core.ipynb #0034
+class VisionParams(Section):
+    "The student's eyes, in a task that shows it an image."
+    weights: Optional[str] = None   # folder of a pretrained vision transformer; None: a small one from scratch
+    size: int = 64; patch: int = 8  # pixels a side of the tile that the student sees, and of a patch
+    merge: int = 2                  # merge x merge neighbouring patches become one token of the prompt
+    hidden: int = 128; layers: int = 4; heads: int = 4   # of the vision transformer
+    tune: Literal['projector', 'tower', 'none'] = 'projector'   # what alignment trains besides the adapter
+    word_epochs: int = 60; word_lr: float = 1e-3   # warm-up, first part: the tower learns which words a tile's caption has
+    epochs: float = 4; lr: float = 1e-3            # second part: it writes the captions through the frozen language model
+    batch: int = 16                 # tiles in an update of the warm-up
+
 class TrainParams(Section):
     "Alignment."
     lr: float = 7e-4; beta: float = 0.5; epochs: float = 3; batch: int = 1
@@ -211,17 +229,17 @@ class TrainParams(Section):
     warmup: float = 0.1; grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for
     nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'   # tokens and mean of the likelihood term, see 31_losses
-    engine: Literal['mint', 'trl'] = 'mint'   # ours, or TRL's own trainers
+    engine: Literal['mint', 'separate', 'trl'] = 'mint'   # ours; a row for each answer; or TRL's own trainers
     checkpoint_every: int = 100     # updates between checkpoints
     report_to: str = 'none'
 
-# %% ../nbs/00_core.ipynb #0034
+# %% ../nbs/00_core.ipynb #0035
 class PredictParams(Section):
     "Decoding."
     max_new_tokens: int = 160; batch: int = 32
     constrained: tuple[str, ...] = ()   # methods that also decode with the catalogue's names only
 
-# %% ../nbs/00_core.ipynb #0035
+# %% ../nbs/00_core.ipynb #0036
 class RetrieveParams(Section):
     "Looking diseases up by a note."
     over: Literal['catalogue', 'omim'] = 'catalogue'      # whose documents are searched: those of the run's answers, or all annotated diseases
@@ -248,14 +266,14 @@ class EndpointParams(Section):
     requests_a_minute: int = 0; tokens_a_minute: int = 0   # 0: no limit
     temperature: float = 0.
 
-# %% ../nbs/00_core.ipynb #0036
+# %% ../nbs/00_core.ipynb #0037
 class AnalysisParams(Section):
     "Metrics and report."
     bootstrap: int = 2000           # resamples for intervals
     scoring: Literal['ids', 'reference'] = 'ids'
     worked_cases: int = 4           # cases shown in full in the report
 
-# %% ../nbs/00_core.ipynb #0037
+# %% ../nbs/00_core.ipynb #0038
 class CalibrateParams(Section):
     "Confidence, and what is done about it (42_calibrate)."
     options: int = 4                # of a multiple-choice question
@@ -268,7 +286,7 @@ class CalibrateParams(Section):
     steps: int = 3                  # E-steps of a treatment
     level: float = 0.9              # of the lists
 
-# %% ../nbs/00_core.ipynb #0038
+# %% ../nbs/00_core.ipynb #0039
 class Params(Section):
     "Everything a run is started with."
     profile: str = 'laptop'
@@ -279,6 +297,7 @@ class Params(Section):
     teacher: TeacherParams = Field(default_factory=TeacherParams)
     pairs: PairParams = Field(default_factory=PairParams)
     student: StudentParams = Field(default_factory=StudentParams)
+    vision: VisionParams = Field(default_factory=VisionParams)
     train: TrainParams = Field(default_factory=TrainParams)
     predict: PredictParams = Field(default_factory=PredictParams)
     retrieve: RetrieveParams = Field(default_factory=RetrieveParams)
@@ -287,7 +306,7 @@ class Params(Section):
     calibrate: CalibrateParams = Field(default_factory=CalibrateParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0040
+# %% ../nbs/00_core.ipynb #0041
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -306,23 +325,25 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0042
+# %% ../nbs/00_core.ipynb #0043
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
 ) -> Params:                          # complete, checked parameters
     "Read a profile, apply overrides, refuse what is unknown or ill-typed."
-    path = Path(profile) if profile.endswith(('.yaml', '.yml')) else PROFILES/f'{profile}.yaml'
+    path, over = Path(profile) if profile.endswith(('.yaml', '.yml')) else PROFILES/f'{profile}.yaml', nest(overrides or {})
     if not path.exists():
-        raise InputError(f'no such profile; there are {sorted(p.stem for p in PROFILES.glob("*.yaml"))}', field='profile', record=profile)
-    recipe = yaml.safe_load(path.read_text()) or {}
-    try: return Params(**_merge(_merge({'profile': path.stem}, recipe), nest(overrides or {})))
+        raise InputError(f'no such profile; there are {sorted(p.stem for p in PROFILES.glob("*.yaml") if "-" not in p.stem)}', field='profile', record=profile)
+    recipe = {'profile': path.stem} | (yaml.safe_load(path.read_text()) or {})
+    own = path.with_name(f"{path.stem}-{over.get('task', recipe.get('task', 'disease'))}{path.suffix}")   # what the task wants otherwise
+    if own.exists(): recipe = _merge(recipe, yaml.safe_load(own.read_text()) or {})
+    try: return Params(**_merge(recipe, over))
     except ValidationError as e:
         first = e.errors()[0]
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0045
+# %% ../nbs/00_core.ipynb #0046
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -340,7 +361,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0047
+# %% ../nbs/00_core.ipynb #0048
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -363,11 +384,11 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0050
+# %% ../nbs/00_core.ipynb #0051
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
-    for lib in ('mint_nb', 'torch', 'transformers', 'peft', 'trl', 'numpy', 'scikit-learn', 'pyhpo'):
+    for lib in ('mint_nb', 'torch', 'transformers', 'peft', 'trl', 'numpy', 'scikit-learn', 'pyhpo', 'scikit-image'):
         with contextlib.suppress(PackageNotFoundError): out[lib] = version(lib)
     return out
 
@@ -380,7 +401,7 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0051
+# %% ../nbs/00_core.ipynb #0052
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
@@ -393,7 +414,7 @@ def native_bf16() -> bool:
     can = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
-# %% ../nbs/00_core.ipynb #0054
+# %% ../nbs/00_core.ipynb #0055
 def record(
     run: Run,      # the run folder
     entry: dict,   # with `stage` and `status`
@@ -407,7 +428,7 @@ def record(
     except OSError as e:
         if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
-# %% ../nbs/00_core.ipynb #0056
+# %% ../nbs/00_core.ipynb #0057
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -424,7 +445,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0057
+# %% ../nbs/00_core.ipynb #0058
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -450,7 +471,7 @@ def run_stage(
             record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0059
+# %% ../nbs/00_core.ipynb #0060
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -462,7 +483,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0063
+# %% ../nbs/00_core.ipynb #0064
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

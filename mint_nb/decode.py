@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['clean_name', 'parse_answer', 'shared_prefix', 'extend', 'encode_prompts', 'drop_rows', 'grouped_attention', 'grouped',
-           'continue_batch', 'decode_batch', 'generate', 'NameTrie', 'ListState', 'hold', 'score_names', 'path_logps',
-           'rankings_from_texts', 'StudentRanker', 'tries_of']
+           'continue_batch', 'decode_batch', 'generate', 'NameTrie', 'ListState', 'hold', 'Held', 'own_decode',
+           'score_names', 'path_logps', 'rankings_from_texts', 'StudentRanker', 'images_of', 'tries_of']
 
 # %% ../nbs/33_decode.ipynb #0003
 import copy, json, re
+from pathlib import Path
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Optional, Sequence
@@ -16,12 +17,12 @@ from typing import Any, Callable, Iterable, Optional, Sequence
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .core import InputError, progress
-from .students import Student
+from .students import OwnEyes, Student
 from .tasks import Case, Catalogue, Rankings, Task, make_rankings, normalise
 
 # %% ../nbs/33_decode.ipynb #0006
@@ -79,12 +80,14 @@ def extend(
     cache: DynamicCache,               # what has been encoded; grows in place
     mask: torch.Tensor,                # (B, L) 1 for the cache's real tokens, L may be 0
     pieces: Sequence[Sequence[int]],   # token ids that follow in each row, of any length
+    images: Sequence[str] = (),        # an image for each row, if the pieces have places for it
 ) -> tuple[torch.Tensor, torch.Tensor]:   # logits (B, V) of the next token, mask (B, L + longest piece)
     "Run the model over what follows a cache, left-padded; positions count real tokens only."
     width, dev = max(map(len, pieces)), student.device
     ids = torch.tensor([[student.pad_id]*(width - len(p)) + list(p) for p in pieces], device=dev)
     mask = torch.cat([mask, torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in pieces], device=dev)], 1)
-    out = student.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -width:].clamp(min=0),
+    first = dict(inputs_embeds=student.embeds(ids, images)) if images else dict(input_ids=ids)
+    out = student.model(**first, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -width:].clamp(min=0),
                         past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], mask
 
@@ -92,13 +95,15 @@ def extend(
 def encode_prompts(
     student: Student,
     prompts: Sequence[Sequence[int]],   # token ids of B prompts
+    images: Sequence[str] = (),         # an image for each, if they show one
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:   # logits (B, V) of the next token, cache, mask (B, L)
     "Run the model over prompts: what all share once, the rest left-padded."
     n, cache = shared_prefix(prompts), DynamicCache(config=student.model.config)
+    if images: n = min(n, *(list(p).index(student.place_id) for p in prompts))      # the places are alike, what stands in them is not
     if n:
         student.model(input_ids=torch.tensor([list(prompts[0][:n])], device=student.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
-    logits, mask = extend(student, cache, torch.ones(len(prompts), n, dtype=torch.long, device=student.device), [p[n:] for p in prompts])
+    logits, mask = extend(student, cache, torch.ones(len(prompts), n, dtype=torch.long, device=student.device), [p[n:] for p in prompts], images)
     return logits, cache, mask
 
 # %% ../nbs/33_decode.ipynb #0022
@@ -165,9 +170,11 @@ def decode_batch(
     student: Student,
     prompts: Sequence[Sequence[int]],   # token ids
     max_new_tokens: int, states: Optional[list] = None,   # as in `continue_batch`
+    images: Sequence[str] = (),         # an image for each prompt, if they show one
 ) -> list[list[int]]:                   # new token ids, without the end token
     "Greedy decoding of one batch of prompts."
-    with torch.no_grad(): return continue_batch(student, *encode_prompts(student, prompts), max_new_tokens, states)[0]
+    if images and isinstance(student.vision, OwnEyes): return [own_decode(student, *x, max_new_tokens) for x in zip(prompts, images, states or [None]*len(prompts))]
+    with torch.no_grad(): return continue_batch(student, *encode_prompts(student, prompts, images), max_new_tokens, states)[0]
 
 # %% ../nbs/33_decode.ipynb #0035
 def generate(
@@ -178,6 +185,7 @@ def generate(
     trie: Any = None,                  # a `NameTrie`, or one for each prompt: hold answers to its names
     on_batch: Optional[Callable[[list[int], list[str]], None]] = None,  # called with positions and texts
     desc: str = 'decoding',
+    images: Sequence[str] = (),        # an image for each prompt, if they show one
 ) -> list[str]:                        # texts, in the order of the prompts
     "Greedy answers of many prompts."
     order, texts = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)), [''] * len(prompts)
@@ -187,7 +195,7 @@ def generate(
             part = order[start:start + batch_size]
             states = [tries[i].start() for i in part] if trie is not None else None
             limit = max(tries[i].longest for i in part) if states else max_new_tokens
-            new = decode_batch(student, [prompts[i] for i in part], limit, states)
+            new = decode_batch(student, [prompts[i] for i in part], limit, states, [images[i] for i in part] if images else ())
             for i, ids in zip(part, new): texts[i] = student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if on_batch: on_batch(part, [texts[i] for i in part])
             bar.update(len(part))
@@ -253,7 +261,24 @@ def hold(logits: torch.Tensor, states: Sequence[ListState]) -> torch.Tensor:
         out[r, ok] = logits[r, ok]
     return out
 
-# %% ../nbs/33_decode.ipynb #0053
+# %% ../nbs/33_decode.ipynb #0048
+class Held(LogitsProcessor):
+    "Holds the `generate` of a model to what a `ListState` allows."
+    def __init__(self, state: ListState, start: int): self.state, self.at = state, start
+    def __call__(self, ids, scores):
+        for t in ids[0, self.at:].tolist(): self.state.push(t)
+        self.at = ids.shape[1]
+        return hold(scores, [self.state])
+
+@torch.no_grad()
+def own_decode(student: Student, prompt: Sequence[int], image: str, state: Optional[ListState], max_new_tokens: int) -> list[int]:
+    "Greedy decoding of one prompt by the model's own `generate`."
+    held = LogitsProcessorList([Held(state, len(prompt))] if state else [])
+    out = student.model.generate(**student.row_inputs(prompt, (), image), max_new_tokens=max_new_tokens, do_sample=False, logits_processor=held,
+                                 eos_token_id=student.eos_id, pad_token_id=student.pad_id)[0, len(prompt):].tolist()
+    return out[:out.index(student.eos_id)] if student.eos_id in out else out
+
+# %% ../nbs/33_decode.ipynb #0055
 @torch.no_grad()
 def score_names(
     student: Student,
@@ -261,20 +286,21 @@ def score_names(
     names: Sequence[str],        # candidates, as the catalogue writes them
     task: Task,                  # answer format
     batch_size: int = 32,
+    image: Optional[str] = None, # of the case, if the prompt shows one
 ) -> np.ndarray:                 # log-probability of each name as first answer
     "Exact log-probabilities of candidate names, with the prompt encoded once."
     ids = lambda t: list(student.tokenizer(t, add_special_tokens=False)['input_ids'])
     context, n = list(prompt_ids) + ids(task.header + '\n') + ids('1.'), len(ids('1.'))
     paths, out = [ids(f"1. '{name}'")[n:] for name in names], np.zeros(len(names))
     encoded = DynamicCache(config=student.model.config)
-    student.model(input_ids=torch.tensor([context[:-1]], device=student.device), past_key_values=encoded, use_cache=True, logits_to_keep=1)
+    student.model(**student.row_inputs(context[:-1], (), image), past_key_values=encoded, use_cache=True, logits_to_keep=1)
     order = sorted(range(len(names)), key=lambda i: len(paths[i]))
     for start in range(0, len(order), batch_size):
         part = order[start:start + batch_size]
         out[part] = path_logps(student, copy.deepcopy(encoded), context[-1], [paths[i] for i in part])
     return out
 
-# %% ../nbs/33_decode.ipynb #0054
+# %% ../nbs/33_decode.ipynb #0056
 def path_logps(student: Student, cache: DynamicCache, last: int, paths: Sequence[Sequence[int]]) -> np.ndarray:
     "Summed log-probabilities of token paths that follow the cache and the token `last`; uses the cache up."
     width = max(map(len, paths))
@@ -284,7 +310,7 @@ def path_logps(student: Student, cache: DynamicCache, last: int, paths: Sequence
     own = torch.tensor([[1.]*len(p) + [0.]*(width - len(p)) for p in paths], device=student.device)
     return (logp.gather(2, ids[:, 1:, None])[..., 0]*own).sum(1).double().cpu().numpy()
 
-# %% ../nbs/33_decode.ipynb #0058
+# %% ../nbs/33_decode.ipynb #0060
 def rankings_from_texts(
     texts: dict[str, str],   # case id to what the student wrote
     task: Task,              # answer format
@@ -301,7 +327,7 @@ def rankings_from_texts(
         rows += [dict(case_id=case_id, rank=r, answer_id=i, written=n, score=1/r) for r, (i, n) in enumerate(list(listed.values())[:top], 1)]
     return make_rankings(rows)
 
-# %% ../nbs/33_decode.ipynb #0061
+# %% ../nbs/33_decode.ipynb #0063
 @dataclass
 class StudentRanker:
     "A language model that answers with a list of names."
@@ -316,8 +342,22 @@ class StudentRanker:
     name: str = 'student'
     texts: dict = field(default_factory=dict)          # case id to written text
     on_text: Optional[Callable[[dict], None]] = None   # called with each batch of new texts
+    folder: Optional[Path] = None # where the images of the cases are; None: their paths are complete
+    paper: bool = False           # the long published instruction
 
-# %% ../nbs/33_decode.ipynb #0063
+# %% ../nbs/33_decode.ipynb #0065
+def images_of(
+    task: Task,
+    cases: Sequence[Case],
+    folder: Optional[Path] = None,   # where the images are; None: their paths are complete
+) -> list[str]:                      # a path for each case; empty if the task shows none
+    "The images that a task shows its student."
+    if task.view != 'image': return []
+    lost = next((c.id for c in cases if not c.image), None)
+    if lost is not None: raise InputError('has no image, and the student sees nothing else', record=lost, field='image')
+    return [str(Path(folder or '')/c.image) for c in cases]
+
+# %% ../nbs/33_decode.ipynb #0070
 def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[NameTrie]]:
     "For a constrained student the names allowed for each case, else None."
     if not ranker.constrained: return None
@@ -327,15 +367,17 @@ def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[Name
         tries[key] = NameTrie(some, ranker.student.tokenizer, ranker.task, ranker.k)
     return [tries[c.candidates] for c in cases]
 
-# %% ../nbs/33_decode.ipynb #0064
+# %% ../nbs/33_decode.ipynb #0071
 @patch
 def rank(self: StudentRanker, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
     "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
     todo = [c for c in cases if c.id not in self.texts]
-    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt) for c in todo]
+    images = images_of(self.task, todo, self.folder)
+    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, i, list(self.catalogue.names.values()))
+               for c, i in zip(todo, images or [None]*len(todo))]
     def keep(positions, texts):
         new = {todo[i].id: t for i, t in zip(positions, texts)}
         self.texts.update(new)
         if self.on_text: self.on_text(new)
-    generate(self.student, prompts, self.max_new_tokens, self.batch_size, tries_of(self, todo), keep, f'{self.name}: answers')
+    generate(self.student, prompts, self.max_new_tokens, self.batch_size, tries_of(self, todo), keep, f'{self.name}: answers', images)
     return rankings_from_texts({c.id: self.texts[c.id] for c in cases}, self.task, self.catalogue, top)

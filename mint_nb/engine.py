@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Item', 'Row', 'lay_out', 'sees', 'dense_mask', 'block_mask', 'filled', 'masks_for', 'token_logps', 'parts_of',
-           'first_trainable', 'split_backbone', 'TensorStore', 'Engine', 'weights_key', 'separate_logps', 'rows_of',
-           'totals', 'adapter_digest', 'reference_logps', 'mismatched', 'PreferenceTrainer', 'last_checkpoint',
-           'trainer_settings', 'Bar', 'trl_rows', 'trl_trainer', 'train', 'StopAt']
+           'first_trainable', 'split_backbone', 'TensorStore', 'eyes_move', 'Engine', 'weights_key', 'separate_logps',
+           'shown', 'SeparateEngine', 'make_engine', 'rows_of', 'totals', 'adapter_digest', 'reference_logps',
+           'mismatched', 'PreferenceTrainer', 'last_checkpoint', 'trainer_settings', 'Bar', 'trl_rows', 'trl_trainer',
+           'train', 'caption_items', 'learn_captions', 'StopAt']
 
 # %% ../nbs/32_engine.ipynb #0003
-import copy, hashlib, os
-from dataclasses import dataclass
+import copy, hashlib, math, os, tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np, torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,9 +26,9 @@ from fastcore.basics import patch   # methods a cell each
 from transformers import DynamicCache, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
-from .core import InputError, TrainParams, atomic_path, digest, progress
-from .losses import LOSSES, Logps, Total
-from .students import Student, add_lora, load_student
+from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, progress
+from .losses import LOSSES, Logps, Total, sft_loss
+from .students import OwnEyes, Student, add_lora, load_student
 
 # %% ../nbs/32_engine.ipynb #0006
 @dataclass
@@ -35,6 +37,7 @@ class Item:
     case_id: str
     prompt: list[int]
     answers: list[list[int]]     # each ends with the end token
+    image: Optional[str] = None  # path of what stands in the prompt's places
 
     def __len__(self): return len(self.prompt) + sum(map(len, self.answers))
 
@@ -155,6 +158,7 @@ def parts_of(model: Any) -> tuple[nn.Module, nn.Module]:
     "The transformer without its head, and the head, of a causal language model with or without adapter."
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     inner, head = getattr(base, getattr(base, 'base_model_prefix', '') or 'model', None), base.get_output_embeddings()
+    inner = next((m for m in (getattr(inner, n, None) for n in ('language_model', 'text_model')) if m is not None), inner)     # of a vision-language model
     if inner is None or inner is base or head is None:
         raise InputError('has no separate output layer', field='student.model', record=type(base).__name__, hint='train this model with train.engine=trl')
     return inner, head
@@ -200,6 +204,12 @@ class TensorStore:
         return x
 
 # %% ../nbs/32_engine.ipynb #0036
+def eyes_move(student: Student) -> bool:
+    "Are the eyes trained? Then nothing behind them stays the same."
+    eyes = student.vision if isinstance(student.vision, nn.Module) else student.model if student.vision else nn.Module()
+    return any(p.requires_grad for n, p in eyes.named_parameters() if 'lora' not in n)
+
+# %% ../nbs/32_engine.ipynb #0037
 class Engine:
     "Log-probabilities of items under a student, with the prompt shared and the frozen depth remembered."
     def __init__(self,
@@ -217,30 +227,35 @@ class Engine:
         self.cap, self.budget = getattr(self.config, 'final_logit_softcapping', None), budget or (16384 if self.device.type == 'cuda' else 512)
         self.half, self.flex = self.head.weight.dtype == torch.bfloat16, self.device.type == 'cuda'    # half: the float32 adapter multiplies in bfloat16 too
         self.multiple = multiple or (512 if self.flex else 1)
-        self.depth = first_trainable(self.backbone) if depth is None else depth
+        self.depth = (0 if eyes_move(student) else first_trainable(self.backbone)) if depth is None else depth
         self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
-        self.key = weights_key(self) if self.lower is not None else ''
+        self.key, self.eyes = weights_key(self) if self.lower is not None else '', student.vision.weights_key() if student.vision else ''
         self.adopt()
+
+    def about(self, item: Item) -> list:
+        "What an item's states depend on besides its tokens: the image and the eyes that look at it."
+        return [file_digest(item.image), self.eyes] if item.image else []
 
     def _autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-# %% ../nbs/32_engine.ipynb #0037
+# %% ../nbs/32_engine.ipynb #0038
 def weights_key(engine: Engine) -> str:
     "What the frozen depth depends on besides the tokens."
     some = [(n, str(p.dtype), list(p.shape), p.detach().flatten()[:32].float().tolist()) for n, p in engine.lower.named_parameters()]
     return digest([engine.student.name, engine.depth, some])
 
-# %% ../nbs/32_engine.ipynb #0038
+# %% ../nbs/32_engine.ipynb #0039
 @patch
 def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
     "Hidden states of an item below the first trainable layer; each answer is run alone behind its prompt, so its states do not depend on the others."
-    keys = [digest([self.key, item.prompt, a]) for a in ([], *item.answers)]
+    keys = [digest([self.key, item.prompt, a, *self.about(item)]) for a in ([], *item.answers)]
     found = [self.store.get(k) for k in keys]
     if any(f is None for f in found):
         row = lambda tokens: torch.tensor([tokens], device=self.device)
         with torch.no_grad(), self._autocast():
             memory = DynamicCache()
-            out = self.lower(input_ids=row(item.prompt), past_key_values=memory, use_cache=True).last_hidden_state[0]
+            first = dict(inputs_embeds=self.student.embeds(row(item.prompt), [item.image])) if item.image else dict(input_ids=row(item.prompt))
+            out = self.lower(**first, past_key_values=memory, use_cache=True).last_hidden_state[0]
             if found[0] is None: found[0] = self.store.put(keys[0], out)
             for i, a in enumerate(item.answers, 1):
                 if found[i] is not None: continue
@@ -248,17 +263,19 @@ def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
                 memory.crop(-len(a)); found[i] = self.store.put(keys[i], out)
     return torch.cat([f.to(self.head.weight) for f in found])
 
-# %% ../nbs/32_engine.ipynb #0039
+# %% ../nbs/32_engine.ipynb #0040
 @patch
 def states(self: Engine, items: Sequence[Item], row: Row) -> Tensor:   # (L, H)
     "Final hidden states of items in one row."
     n, row = len(row.ids), filled(row, self.multiple)
     with self._autocast():
-        first = dict(input_ids=row.ids[None]) if self.lower is None else dict(inputs_embeds=F.pad(torch.cat([self.below(i) for i in items]), (0, 0, 0, len(row.ids) - n))[None])
+        images = [i.image for i in items if i.image]
+        if self.lower is None: first = dict(inputs_embeds=self.student.embeds(row.ids[None], images)) if images else dict(input_ids=row.ids[None])
+        else: first = dict(inputs_embeds=F.pad(torch.cat([self.below(i) for i in items]), (0, 0, 0, len(row.ids) - n))[None])
         masks = masks_for(self.upper.config, row, block_mask if self.flex else dense_mask)
         return self.upper(**first, position_ids=row.position[None], attention_mask=masks, use_cache=False).last_hidden_state[0, :n]
 
-# %% ../nbs/32_engine.ipynb #0040
+# %% ../nbs/32_engine.ipynb #0041
 @patch
 def logps(self: Engine,
     items: Sequence[Item] | Item,   # go into one row
@@ -266,6 +283,7 @@ def logps(self: Engine,
 ) -> Logps:
     "Sums and lengths for items, each with a chosen and any number of rejected answers."
     items = [items] if isinstance(items, Item) else list(items)
+    if prompt and any(i.image for i in items): raise InputError('an image has no likelihood', field='train.nll_on', record='trl', hint='set train.nll_on=response')
     row = lay_out(items).to(self.device)
     except_for = lambda *some: torch.ones_like(row.length, dtype=torch.bool).index_fill(0, torch.cat(some), False)
     keep = except_for(row.first)[row.segment] | prompt            # predicted tokens that are read
@@ -276,17 +294,27 @@ def logps(self: Engine,
     owner = torch.arange(len(items), device=self.device).repeat_interleave(torch.tensor([len(i.answers) - 1 for i in items], device=self.device))
     return Logps(sums[chosen], sums[rejected], row.length[chosen], row.length[rejected], owner, *((sums[row.first], row.length[row.first]) if prompt else ()))
 
-# %% ../nbs/32_engine.ipynb #0042
+# %% ../nbs/32_engine.ipynb #0043
 def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
     "Sums of an item's answers from one ordinary row each, the slow way."
     out = []
     for a in item.answers:
         x = torch.tensor([item.prompt + a], device=student.device)
-        lp = student.model(x, use_cache=False).logits[0, :-1].float().log_softmax(-1)[range(x.shape[1] - 1), x[0, 1:]]
+        lp = student.model(**student.row_inputs(item.prompt, a, item.image), use_cache=False).logits[0, :-1].float().log_softmax(-1)[range(x.shape[1] - 1), x[0, 1:]]
         out.append(lp[len(item.prompt) - 1:].sum())
     return torch.stack(out)
 
-# %% ../nbs/32_engine.ipynb #0043
+# %% ../nbs/32_engine.ipynb #0044
+def shown(student: Student, items: Sequence[Item], folder: str) -> list[Item]:
+    "The items with a prompt that shows a picture of noise."
+    out = []
+    for i, it in enumerate(items):
+        path = f'{folder}/{i}.png'
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        out.append(replace(it, prompt=student.image_ids([{'role': 'user', 'content': 'Look.'}], path), image=path))
+    return out
+
+# %% ../nbs/32_engine.ipynb #0045
 @patch
 def adopt(self: Engine) -> None:
     "Give the model the attention that takes our masks, and look whether it honours them."
@@ -297,25 +325,47 @@ def adopt(self: Engine) -> None:
     except InputError: raise
     except Exception as e:
         raise InputError(f'cannot be run with a mask and positions of ours ({type(e).__name__}: {e})', field='student.model', record=self.config.model_type,
-                         hint='train this model with train.engine=trl') from e
+                         hint=f"train this model with train.engine={'separate' if self.student.vision else 'trl'}") from e
 
-# %% ../nbs/32_engine.ipynb #0044
+# %% ../nbs/32_engine.ipynb #0046
 @patch
 def check(self: Engine) -> None:
     "Refuse a model for which answers in one row are not what they are in rows of their own."
     draw = np.random.default_rng(0).integers(10, self.config.vocab_size, (2, 14)).tolist()
     items, mine, mode = [Item(str(i), t[:6], [t[6:9], t[9:]]) for i, t in enumerate(draw)], self.store, self.model.training
     self.store = TensorStore(); self.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        if isinstance(self.student.vision, OwnEyes): items = shown(self.student, items, folder)     # does it take images as ordinary tokens?
         lp = self.logps(items)
         together, alone = torch.stack([lp.chosen, lp.rejected], 1), torch.stack([separate_logps(self.student, i) for i in items])
     self.store = mine; self.model.train(mode)
     off = ((together - alone).abs()/alone.abs()).max().item()
     if not off < (.03 if self.half else 1e-4):
         raise InputError(f'does not honour the mask and positions it is given: log-probabilities are off by {off:.1%}', field='student.model',
-                         record=self.config.model_type, hint='train this model with train.engine=trl')
+                         record=self.config.model_type, hint=f"train this model with train.engine={'separate' if self.student.vision else 'trl'}")
 
-# %% ../nbs/32_engine.ipynb #0057
+# %% ../nbs/32_engine.ipynb #0067
+class SeparateEngine:
+    "Log-probabilities from an ordinary row for each answer: slow, and right for every model."
+    def __init__(self, student: Student, store: Optional[TensorStore] = None):
+        self.student, self.model, self.store, self.budget = student, student.model, store or TensorStore(), 1      # an item at a time
+        self.half, self.eyes = student.model.get_output_embeddings().weight.dtype == torch.bfloat16, student.vision.weights_key() if student.vision else ''
+    about = Engine.about
+
+    def logps(self, items: Sequence[Item] | Item, prompt: bool = False) -> Logps:
+        "Sums and lengths for items, as `Engine.logps` gives them."
+        if prompt: raise InputError('separate rows read answers only', field='train.nll_on', record='trl', hint='set train.nll_on=response')
+        items = [items] if isinstance(items, Item) else list(items)
+        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.half): sums = [separate_logps(self.student, i) for i in items]
+        number = lambda x: torch.tensor(x, device=self.student.device)
+        return Logps(torch.stack([s[0] for s in sums]), torch.cat([s[1:] for s in sums]), number([len(i.answers[0]) for i in items]),
+                     number([len(a) for i in items for a in i.answers[1:]]), number([n for n, i in enumerate(items) for _ in i.answers[1:]]))
+
+def make_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Engine | SeparateEngine:
+    "The engine that the parameters ask for."
+    return SeparateEngine(student, store) if params.engine == 'separate' else Engine(student, store)
+
+# %% ../nbs/32_engine.ipynb #0070
 def rows_of(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     "Items in order, as many in a row as fit the budget of tokens, and at least one."
     row, used = [], 0
@@ -329,7 +379,7 @@ def totals(items: Sequence[Item]) -> Total:
     chosen = sum(len(i.answers[0]) for i in items)
     return Total(len(items), sum(len(i.answers) - 1 for i in items), chosen, chosen + sum(len(i.prompt) - 1 for i in items))
 
-# %% ../nbs/32_engine.ipynb #0060
+# %% ../nbs/32_engine.ipynb #0073
 def adapter_digest(model: Any) -> str:
     "Digest of all trainable weights."
     h = hashlib.sha256()
@@ -337,25 +387,25 @@ def adapter_digest(model: Any) -> str:
         if p.requires_grad: h.update(n.encode()); h.update(p.detach().float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/32_engine.ipynb #0061
+# %% ../nbs/32_engine.ipynb #0074
 @torch.no_grad()
 def reference_logps(engine: Engine, items: Sequence[Item], desc: str = 'reference') -> dict[str, list[float]]:   # by case, a sum for each answer
     "Summed log-probabilities under the model as it is now."
     weights, out = [engine.student.name, adapter_digest(engine.model)], {}
     for it in progress(items, desc):
-        key = digest(['reference', weights, it.prompt, it.answers])
+        key = digest(['reference', weights, it.prompt, it.answers, *engine.about(it)])
         if (found := engine.store.get(key)) is None:
             lp = engine.logps(it)
             found = engine.store.put(key, torch.cat([lp.chosen, lp.rejected]).cpu())
         out[it.case_id] = found.tolist()
     return out
 
-# %% ../nbs/32_engine.ipynb #0062
+# %% ../nbs/32_engine.ipynb #0075
 def mismatched(items: Sequence[Item]) -> list[Item]:
     "Each prompt with the answers of the next item, for KTO's zero point."
-    return [Item(a.case_id, a.prompt, b.answers) for a, b in zip(items, [*items[1:], *items[:1]])]
+    return [replace(a, answers=b.answers) for a, b in zip(items, [*items[1:], *items[:1]])]
 
-# %% ../nbs/32_engine.ipynb #0065
+# %% ../nbs/32_engine.ipynb #0078
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
     def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
@@ -384,12 +434,12 @@ class PreferenceTrainer(Trainer):
         now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
         return max(0., (now - sum(sum(self.other_reference[i.case_id]) for i in some))/sum(len(i.answers) for i in some))
 
-# %% ../nbs/32_engine.ipynb #0066
+# %% ../nbs/32_engine.ipynb #0079
 @patch
 def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "Forward and backward for one batch, row by row."
     model.train()
-    items = inputs['items'] if self.loss.rejected else [Item(i.case_id, i.prompt, i.answers[:1]) for i in inputs['items']]
+    items = inputs['items'] if self.loss.rejected else [replace(i, answers=i.answers[:1]) for i in inputs['items']]
     total, loss = totals(items), 0.
     kl = self.zero_point(items) if self.loss.kl else 0.
     for row in rows_of(items, self.engine.budget):
@@ -403,7 +453,7 @@ def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=Non
             if p.grad is not None: torch.distributed.all_reduce(p.grad); p.grad /= n
     return loss
 
-# %% ../nbs/32_engine.ipynb #0067
+# %% ../nbs/32_engine.ipynb #0080
 @patch
 def log(self: PreferenceTrainer, logs, *a, **kw):
     "Add the means of what the losses reported since the last log."
@@ -412,7 +462,7 @@ def log(self: PreferenceTrainer, logs, *a, **kw):
         self.seen, self.updates = {}, 0
     Trainer.log(self, logs, *a, **kw)
 
-# %% ../nbs/32_engine.ipynb #0069
+# %% ../nbs/32_engine.ipynb #0082
 def last_checkpoint(folder: Path | str) -> Optional[str]:
     "The newest complete checkpoint below a folder, or None."
     whole = [p.parent for p in Path(folder).glob('checkpoint-*/trainer_state.json') if p.stat().st_size > 2]
@@ -427,7 +477,7 @@ def trainer_settings(params: TrainParams, folder: Path | str, steps: int, lr: fl
                 save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False, use_cpu=not gpu, remove_unused_columns=False,
                 report_to=params.report_to, dataloader_pin_memory=False, dataloader_num_workers=0, gradient_checkpointing=False, disable_tqdm=bool(os.environ.get('MINT_QUIET')))
 
-# %% ../nbs/32_engine.ipynb #0071
+# %% ../nbs/32_engine.ipynb #0084
 class Bar(TrainerCallback):
     "A progress bar over the updates, with the current loss."
     def __init__(self, desc: str): self.desc = desc
@@ -439,7 +489,7 @@ class Bar(TrainerCallback):
         if 'loss' in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
     def on_train_end(self, *a, **kw): self.bar.close()
 
-# %% ../nbs/32_engine.ipynb #0073
+# %% ../nbs/32_engine.ipynb #0086
 def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     "Items as the rows that a TRL trainer makes of its dataset, a row for each pair."
     rows = []
@@ -452,7 +502,7 @@ def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
                              **{f'rejected_{k}': v for k, v in full(rejected).items()}))
     return rows
 
-# %% ../nbs/32_engine.ipynb #0074
+# %% ../nbs/32_engine.ipynb #0087
 def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: TrainParams, settings: dict) -> Trainer:
     "A TRL trainer on the same tokens."
     os.environ.setdefault('TRL_EXPERIMENTAL_SILENCE', '1')
@@ -468,7 +518,7 @@ def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: Trai
     trainer.train_dataset = Dataset.from_list(trl_rows(items, loss))
     return trainer
 
-# %% ../nbs/32_engine.ipynb #0075
+# %% ../nbs/32_engine.ipynb #0088
 def train(
     student: Student,             # with an adapter
     items: Sequence[Item],
@@ -483,8 +533,9 @@ def train(
     "Train a student's adapter on items; resume if a checkpoint is there."
     if not items: raise InputError('there is nothing to train on', file=folder)
     settings = trainer_settings(params, folder, steps, params.dpo_lr if LOSSES[loss].reference else params.lr, seed)
+    if params.engine == 'trl' and any(i.image for i in items): raise InputError('the TRL trainers read text only here', field='train.engine', record='trl', hint='set train.engine to mint or separate')
     if params.engine == 'trl': trainer = trl_trainer(student, items, loss, params, settings)
-    else: trainer = PreferenceTrainer(student, engine or Engine(student), loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items))
+    else: trainer = PreferenceTrainer(student, engine or make_engine(student, params), loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items))
     for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
     trainer.add_callback(Bar(loss))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -492,7 +543,40 @@ def train(
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/32_engine.ipynb #0081
+# %% ../nbs/32_engine.ipynb #0094
+def caption_items(
+    captions: dict[str, str],   # case id to text
+    images: dict[str, str],     # case id to path
+    student: Student,
+) -> list[Item]:
+    "The request to describe a tile, and its caption."
+    ask = [{'role': 'system', 'content': 'You are a pathologist.'}, {'role': 'user', 'content': 'Describe the nuclei.'}]
+    return [Item(i, student.message_ids(list(ask), images[i]), [student.answer_ids(captions[i])], images[i]) for i in images]
+
+# %% ../nbs/32_engine.ipynb #0095
+def learn_captions(
+    student: Student,          # with a tower; nothing else of it is changed
+    items: Sequence[Item],     # from `caption_items`
+    params: VisionParams,      # epochs, lr, batch
+    seed: int = 0,
+) -> list[float]:              # loss of each update, nats a token
+    "Teach the tower to make the frozen language model write captions."
+    student.model.requires_grad_(False); student.vision.requires_grad_(True)
+    engine, rng, order, log = Engine(student), np.random.default_rng(seed), [], []
+    steps = max(1, math.ceil(params.epochs*len(items)/params.batch))
+    optimiser = torch.optim.AdamW(student.vision.parameters(), params.lr, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, params.lr, total_steps=steps, pct_start=.1)
+    for _ in progress(range(steps), 'warm-up: captions'):
+        while len(order) < params.batch: order += rng.permutation(len(items)).tolist()
+        batch, order = [items[i] for i in order[:params.batch]], order[params.batch:]
+        optimiser.zero_grad(); log.append(0.)
+        for row in rows_of(batch, engine.budget):
+            loss, _ = sft_loss(engine.logps(row), totals(batch)); loss.backward(); log[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(student.vision.parameters(), 1.); optimiser.step(); schedule.step()
+    student.vision.requires_grad_(False)
+    return log
+
+# %% ../nbs/32_engine.ipynb #0101
 class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step

@@ -750,7 +750,8 @@ def describe_cohort(
 ) -> str:
     "The card in a few lines, for a terminal."
     kind = 'simulated' if card['simulated'] else f"from {card['source']} ({card['read']} read, {card['lost']} lost, {card['corrected']} corrected)"
-    line = '{:12} {cases:5} cases {groups:5} groups {answers:4} answers, {with_face:4.0%} with facial findings'
-    return '\n'.join([f"{card['cases']} cases {kind}; HPO {card['hpo']}; seed {card['seed']}", *(line.format(s, **v) for s, v in card['splits'].items()),
+    line, hpo = '{:12} {cases:5} cases {groups:5} groups {answers:4} answers', card.get('hpo')   # tiles have neither findings nor an ontology
+    if hpo: line += ', {with_face:4.0%} with facial findings'
+    return '\n'.join([f"{card['cases']} cases {kind}; {f'HPO {hpo}; ' if hpo else ''}seed {card['seed']}", *(line.format(s, **v) for s, v in card['splits'].items()),
                       f"{len(card['answers'])} answers chosen by seed: " + '; '.join(a['name'] for a in card['answers']),
                       *(f'warning: {w}' for w in card['warnings'])])

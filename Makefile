@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 .make/env: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] + "; say which: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
@@ -39,6 +39,11 @@ docs: .make/env  ## execute the notebooks (cached), write README.md and the site
 .PHONY: bench
 bench: .make/env  ## time and memory against TRL, into benchmarks/ (about 20 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb bench
+
+PART ?=
+.PHONY: gpu-check
+gpu-check:  ## on CUDA: GPU tests, step time, memory, one run, into benchmarks/gpu.json and gpu.md; PART=step for one part
+	HF_HUB_OFFLINE=1 $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu_check.py $(if $(PART),--part $(PART))
 
 CASES ?= $(if $(MINT_DATA),$(MINT_DATA)/phenopackets.zip)
 .PHONY: study

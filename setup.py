@@ -12,6 +12,7 @@ cfg = cfg["DEFAULT"]
 extras = {
     "dev": cfg["dev_requirements"].split(),
     "gpu": cfg["gpu_requirements"].split(),
+    "grid": cfg["grid_requirements"].split(),
     "track": cfg["track_requirements"].split(),
 }
 

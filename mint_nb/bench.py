@@ -66,7 +66,7 @@ class SeparateRows(Engine):
 
 # %% ../nbs/36_bench.ipynb #0012
 WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared prompt': dict(budget=1), 'packed': dict(budget=10**6),
-        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True)}
+        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True), 'packed response': dict(budget=10**6, nll_on='response')}
 
 # %% ../nbs/36_bench.ipynb #0013
 def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> Callable[[], float]:
@@ -74,16 +74,19 @@ def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> C
     how = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, **(WAYS[way] or {})}
     params = TrainParams(batch=len(items), nll_on=how['nll_on'], beta=.1)
     settings = trainer_settings(params, folder, 1, 1e-4, 0)
+    base = student.model.get_base_model()
     if way == 'TRL':
-        trainer = trl_trainer(student, items, 'orpo', params, settings)
+        base.set_attn_implementation('sdpa')
+        trainer = trl_trainer(student, items, 'orpo', params, settings | dict(bf16=torch.cuda.is_available()))
         batch = trainer.data_collator(trl_rows(items, 'orpo'))
         inputs = lambda: {**batch}
     else:
         engine = how['kind'](student, TensorStore(), how['cached'], how['budget'])
         trainer = PreferenceTrainer(student, engine, 'orpo', params, args=TrainingArguments(**settings), train_dataset=list(items))
         inputs = lambda: {'items': list(items)}
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps, attention = 1, base.config._attn_implementation
     def step():
+        base.set_attn_implementation(attention)      # the ways share a model and, on CUDA, not the attention
         student.model.zero_grad()
         loss = float(trainer.training_step(student.model, inputs()))
         if torch.cuda.is_available(): torch.cuda.synchronize()

@@ -83,9 +83,9 @@ def warm_up(
         table = student.model.get_input_embeddings().weight.detach().float()
         tower = make_tower(p.vision, table.shape[1], table.square().mean().sqrt().item(), seed)
         captions, images = cohort_captions(run), dict(zip((c.id for c in train), images_of(get_task(p.task), train, run/'cases')))
-        words = learn_words(tower, list(images.values()), [captions[i] for i in images], p.vision, seed)
+        words = learn_words(tower, list(images.values()), [captions[i] for i in images], p.vision, student.meaning, seed)
         student.vision = give_eyes(student.model, tower)
-        log = learn_captions(student, caption_items(captions, images, student), p.vision, seed)
+        log = learn_captions(student, caption_items(captions, images, student), p.vision, seed) if p.vision.epochs else []
         rows = [dict(phase=n, step=i, epoch=np.nan, name='loss', value=v) for n, x in (('words', words), ('captions', log)) for i, v in enumerate(x, 1)]
         write_table(run/out/'log.parquet', pd.DataFrame(rows)); student.vision.save(run/out/'tower')
     return run_stage(run, f'align/warmup-{seed}', body, 'mint_nb.align', ['student', 'vision', 'task'],

@@ -188,7 +188,16 @@ def embeds(self: Student,
     if int(here.sum()) != len(v): raise InputError(f'{len(images)} images have {len(v)} vectors, the prompts have {int(here.sum())} places', field='image', record=str(images[0]))
     return x.masked_scatter(here[..., None], v.to(x.dtype))
 
-# %% ../nbs/30_students.ipynb #0026
+# %% ../nbs/30_students.ipynb #0025
+@patch
+def meaning(self: Student,
+    words: Sequence[str],       # or pairs of words
+) -> torch.Tensor:              # (words, H)
+    "Mean embedding of each word's tokens, from the middle of all embeddings; what a new tower is taught to point at."
+    table = self.model.get_input_embeddings().weight.detach().float()
+    return torch.stack([table[self.tokenizer(f' {w}', add_special_tokens=False)['input_ids']].mean(0) for w in words]) - table.mean(0)
+
+# %% ../nbs/30_students.ipynb #0027
 class OwnEyes:
     "The image side of a vision-language model: its processor, and the vectors that stand in its prompts."
     def __init__(self, model: Any, processor: Any):
@@ -212,7 +221,7 @@ class OwnEyes:
 
     def weights_key(self) -> str: return self.model.config._name_or_path
 
-# %% ../nbs/30_students.ipynb #0027
+# %% ../nbs/30_students.ipynb #0028
 @patch
 def inputs(self: OwnEyes, prompt: Sequence[int], answer: Sequence[int], image: str) -> dict:
     "One row of prompt and answer, as the model's `forward` takes it."
@@ -238,7 +247,7 @@ def vectors(self: OwnEyes, images: Sequence[str]) -> torch.Tensor:   # (places o
         out += [f.flatten(0, -2) for f in (found.pooler_output if hasattr(found, 'pooler_output') else found)]
     return torch.cat(out)
 
-# %% ../nbs/30_students.ipynb #0029
+# %% ../nbs/30_students.ipynb #0030
 @patch
 def row_inputs(self: Student, prompt: Sequence[int], answer: Sequence[int] = (), image: Optional[str] = None) -> dict:
     "One row of prompt and answer as the model's `forward` takes it."
@@ -246,7 +255,7 @@ def row_inputs(self: Student, prompt: Sequence[int], answer: Sequence[int] = (),
     ids = torch.tensor([[*prompt, *answer]], device=self.device)
     return {'input_ids': ids} if image is None else {'inputs_embeds': self.embeds(ids, [image])}
 
-# %% ../nbs/30_students.ipynb #0031
+# %% ../nbs/30_students.ipynb #0032
 def tiny_model(
     vocab: int,      # size of the tokenizer
     seed: int = 0,
@@ -260,12 +269,12 @@ def unsloth_usable() -> bool:
     "Unsloth imports without a GPU but cannot train there, so both are asked for."
     return torch.cuda.is_available() and find_spec('unsloth') is not None
 
-# %% ../nbs/30_students.ipynb #0033
+# %% ../nbs/30_students.ipynb #0034
 def weights_dtype(precision: Literal['auto', 'fp32', 'bf16'] = 'auto') -> torch.dtype:
     "Number format of the frozen weights and of matrix products."
     return torch.bfloat16 if precision == 'bf16' or (precision == 'auto' and native_bf16()) else torch.float32
 
-# %% ../nbs/30_students.ipynb #0035
+# %% ../nbs/30_students.ipynb #0036
 def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype, eyes: bool = False) -> tuple[Any, Any]:
     "Model and tokenizer, or with `eyes` model and processor, from a folder or hub id."
     try:
@@ -279,7 +288,7 @@ def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype, eyes: b
         raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,
                          hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'") from e
 
-# %% ../nbs/30_students.ipynb #0036
+# %% ../nbs/30_students.ipynb #0037
 def has_eyes(
     name: str,   # 'smollm2', 'tiny', a folder or a hub id
 ) -> bool:
@@ -289,7 +298,7 @@ def has_eyes(
     except (OSError, ValueError): return False     # loading will say what is wrong
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, 'vision_config')
 
-# %% ../nbs/30_students.ipynb #0037
+# %% ../nbs/30_students.ipynb #0038
 def mend_tokens(model: Any, tok: Any, name: str) -> None:
     "Give a model a padding token apart from its end token, and both their ids."
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
@@ -299,7 +308,7 @@ def mend_tokens(model: Any, tok: Any, name: str) -> None:
     model.config.pad_token_id, model.config.eos_token_id = tok.pad_token_id, tok.eos_token_id
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = tok.pad_token_id, tok.eos_token_id
 
-# %% ../nbs/30_students.ipynb #0038
+# %% ../nbs/30_students.ipynb #0039
 def load_student(
     name: str = 'smollm2',            # 'smollm2', 'tiny', a folder or a hub id
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
@@ -323,7 +332,7 @@ def load_student(
     if name != 'tiny' and not load_in_4bit: model = in_format(model, dtype)   # an adapter is merged in float32
     return Student(model.eval(), tok, name, OwnEyes(model, processor) if processor else eyes_of(model))
 
-# %% ../nbs/30_students.ipynb #0052
+# %% ../nbs/30_students.ipynb #0053
 def linear_names(model: Any) -> list[str]:
     "Names of the linear maps inside the transformer blocks (attention and MLP)."
     return sorted({n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and '.layers.' in f'.{n}' and not re.search('vision|visual', n)})
@@ -341,7 +350,7 @@ def tuned_modules(
                                                       field='vision.tune', record=type(model).__name__, hint="choose 'projector' or 'none'")
     return names[:1]
 
-# %% ../nbs/30_students.ipynb #0053
+# %% ../nbs/30_students.ipynb #0054
 def add_lora(
     student: Student,
     params: StudentParams,   # rank, alpha, dropout, number of top layers (0: all)

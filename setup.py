@@ -51,7 +51,7 @@ setup(
         "Programming Language :: Python :: 3.12",
     ],
     packages=find_packages(include=["mint_nb", "mint_nb.*"]),
-    package_data={"mint_nb": ["profiles/*.yaml"]},
+    package_data={"mint_nb": ["profiles/*.yaml", "accelerate/*.yaml"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

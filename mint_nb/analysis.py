@@ -82,9 +82,10 @@ def masking_sentences(run: Run) -> list[str]:
     out = []
     for s in run.params.seeds:
         if not (run/f'attribution/mint-{s}/masking.parquet').exists(): continue
-        e = masking_effect(read_table(run/f'attribution/mint-{s}/masking.parquet'), run.params.analysis.bootstrap)
-        out.append(f"Covering the quarter of a tile that its map calls most important takes {100*e['top']:.1f} points from the probability of the true answer, a random quarter "
-                   f"{100*e['random']:.1f} (difference {100*e['diff']:+.1f}, {100*e['lo']:+.1f} to {100*e['hi']:+.1f}; {e['n']} tiles, seed {s}).")
+        table = read_table(run/f'attribution/mint-{s}/masking.parquet')
+        e, p = (masking_effect(table, run.params.analysis.bootstrap, kind) for kind in ('_right', ''))
+        points = lambda e: f"{100*e['top']:.1f} points against {100*e['random']:.1f} under a random quarter (difference {100*e['diff']:+.1f}, {100*e['lo']:+.1f} to {100*e['hi']:+.1f})"
+        out.append(f"Of {e['n']} tiles {e['whole']:.0%} are named right (seed {s}). With the quarter covered that its map calls most important accuracy loses {points(e)}, the probability of the true answer {points(p)}.")
     return out
 
 def tile_figures(run: Run, answers: dict, cases: list[Case], footer: str) -> dict:

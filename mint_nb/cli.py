@@ -100,10 +100,14 @@ def results_csv(
     "The main results of a run as CSV."
     t = read_table(run/'analysis/table.parquet')
     t = t[t.metric.isin(MAIN) & t.method.isin(run.params.methods)]
-    spent = sum(e['seconds'] for e in run.manifest if e['status'] == 'done')
+    last = {e['stage']: e for e in run.manifest if e['status'] == 'done'}.values()
+    spent, busy = (sum(e.get(k, 0) for e in last) for k in ('seconds', 'cpu_seconds'))
     first = run.manifest[0]
     lines = [f'{t.cohort.iloc[0]} cohort, profile {run.params.profile}, seeds {", ".join(map(str, run.params.seeds))}, {t.n.max():.0f} test cases; 95 % intervals by group.',
-             f'Stages took {minutes(spent)} in all, some side by side, on {first["device"]}; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()) + '.']
+             f'Stages took {minutes(spent)} in all{f" ({minutes(busy)} of processor time)" if busy else ""}, some side by side, on {first["device"]}; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()) + '.']
+    d = read_table(run/'analysis/differences.parquet')
+    d = d[(d.metric == 'top1') & (d.seeds == d.seeds.max())]
+    lines += ['Paired differences of top1: ' + ', '.join(f'{r.a} - {r.b} {r["diff"]:+.4f} ({r.lo:+.4f} to {r.hi:+.4f})' for _, r in d.iterrows()) + '.']*bool(len(d))
     order = {m: i for i, m in enumerate(run.params.methods)}
     t = t.assign(o=t.method.map(order), p=t.metric.map(MAIN.index)).sort_values(['o', 'seed', 'p'])
     return '\n'.join(f'# {l}' for l in lines) + '\n' + t[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n']].round(4).to_csv(index=False)
@@ -174,12 +178,13 @@ def predict(
     folder: Annotated[Path, typer.Option('--run', help='finished run whose student answers')] = Path('runs/laptop'),
     method: Annotated[str, typer.Option(help='which method of the run')] = 'mint',
     seed: Annotated[int, typer.Option(help='which seed of the run')] = 0,
+    engine: Annotated[str, typer.Option(help='what a student answers with: transformers, vllm, or auto (vllm where it is installed)')] = 'transformers',
 ):
     "Rank the diseases of a run's catalogue for new cases; their diagnoses are never read."
     if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
     run = opened(folder)
     from mint_nb.predict import predict_cases   # imports torch
-    problems = predict_cases(run, cases, out, method, seed)
+    problems = predict_cases(run, cases, out, method, seed, engine, typer.echo)
     for p in problems: typer.echo(f'left out: {p}' , err=True)
     typer.echo(f'{out}/predictions.tsv')
     if problems: leave(f'{len(problems)} problems in the input; the rest is predicted', 2)
@@ -230,8 +235,13 @@ def bench(
     out: Annotated[Path, typer.Option(help='folder for cpu.json or gpu.json')] = Path('benchmarks'),
     repeats: Annotated[int, typer.Option(help='turns in which the ways are run')] = 5,
     model: Annotated[str, typer.Option(help='default: smollm2 on a CPU, llama-3b (random weights, its shapes) on a GPU')] = '',
+    decoding: Annotated[bool, typer.Option('--decoding', help='constrained against free decoding instead, into decoding-cpu.json or decoding-gpu.json')] = False,
 ):
     "Measure the engine against TRL on this machine, about 20 minutes on two cores."
+    if decoding:
+        from mint_nb.bench import bench_decoding, decoding_table
+        file = bench_decoding(out, (model,) if model else ('tiny', 'smollm2'), repeats)
+        typer.echo(f'{decoding_table(read_json(file)).to_string(index=False)}\n\n{file}'); return
     from mint_nb.bench import bench as measure, bench_table
     file = measure(out, model, repeats)
     typer.echo(f'{bench_table(read_json(file)).to_string()}\n\n{file}')
@@ -329,7 +339,8 @@ def export(
 def gpu_check(
     part: Annotated[str, typer.Option(help='tests, step, memory or run; default: all, ten minutes each at most')] = '',
     out: Annotated[Path, typer.Option(help='folder for gpu.json and gpu.md')] = Path('benchmarks'),
+    page: Annotated[bool, typer.Option('--page', help='only write gpu.md from gpu.json as it stands, on any machine')] = False,
 ):
     "On a CUDA machine: GPU tests, step time and memory against TRL, one run; into benchmarks/gpu.json and gpu.md."
-    from mint_nb.gpucheck import gpu_check as check   # imports torch
-    typer.echo(check(out, comma_list(part)).read_text())
+    from mint_nb.gpucheck import gpu_check as check, write_page   # imports torch
+    typer.echo((write_page(out) if page else check(out, comma_list(part))).read_text())

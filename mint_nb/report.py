@@ -35,10 +35,10 @@ class Look:
 # %% ../nbs/50_report.ipynb #0008
 LOOKS = {
     'chance': Look('chance', '#9ca3af', 'reference'),
-    'teacher': Look('teacher, both views', '#111827', 'teacher'),
-    'teacher_zero_shot': Look('teacher, captions only', '#374151', 'teacher'),
-    'teacher_probe': Look('teacher, linear probe', '#4b5563', 'teacher'),
-    'teacher_tuned': Look('teacher, fine-tuned', '#6b7280', 'teacher'),
+    'teacher': Look('teacher', '#111827', 'teacher'),
+    'teacher_zero_shot': Look('teacher, captions only', '#334155', 'teacher'),
+    'teacher_probe': Look('teacher, linear probe', '#475569', 'teacher'),
+    'teacher_tuned': Look('teacher, fine-tuned', '#64748b', 'teacher'),
     'teacher_note': Look('teacher, note only', '#4b5563', 'teacher'),
     'teacher_portrait': Look('teacher, portrait only', '#6b7280', 'teacher'),
     'naive_bayes': Look('naive Bayes', '#047857', 'knowledge'),
@@ -50,7 +50,7 @@ LOOKS = {
     'retrieval': Look('retrieval, BM25 + dense', '#0f766e', 'knowledge'),
     'retrieval_clean': Look('retrieval, leak-controlled', '#3f9a92', 'knowledge'),
     'bm25': Look('BM25', '#5fb3ac', 'knowledge'), 'dense': Look('dense retrieval', '#8fcfc9', 'knowledge'),
-    'linear': Look('linear', '#84a63a', 'knowledge'), 'texture': Look('colour and texture', '#84a63a', 'knowledge'),
+    'linear': Look('linear', '#84a63a', 'knowledge'), 'texture': Look('colour and texture', '#a3b545', 'knowledge'),
     'linear_both': Look('linear, all findings', '#b3c77a', 'knowledge'),
 }
 
@@ -82,7 +82,7 @@ def look(
 ) -> Look:
     "Label, colour and kind of a method; works for unknown ones too."
     stem, protocol, constrained = method_name(method)
-    wrong = ', another tile shown' if '_wrong_image' in method else ''
+    wrong = ', tiles permuted' if '_wrong_image' in method else ''
     known = LOOKS.get(stem) or Look(stem.replace('_', ' '), _SPARE[sum(map(ord, stem)) % len(_SPARE)], 'student')
     if protocol: known = Look(known.label + ' + ' + PROTOCOLS[protocol], PROTOCOL_COLOURS[protocol, stem == 'base'], known.kind)
     if wrong: known = Look(known.label + wrong, '#c4cad3', 'control')
@@ -425,12 +425,13 @@ def confusion_figure(
     cohort: str,
 ) -> Figure:
     "A confusion matrix for each of some methods."
-    n = max(map(len, tables.values()))
-    fig, axes = plt.subplots(1, len(tables), figsize=(1.4 + (.9 + .2*n)*len(tables), 1.9 + .2*n), sharey=True, squeeze=False)
+    n, k = max(map(len, tables.values())), len(tables)
+    cell = min(.2, (7.6 - .4*k)/k/n)                                     # inches; the page is about nine wide
+    fig, axes = plt.subplots(1, k, figsize=(1.4 + (.4 + cell*(n + 1))*k, 1.9 + cell*n), sharey=True, squeeze=False)
     for ax, (m, t) in zip(axes[0], tables.items()):
         sns.heatmap(100*t, vmin=0, vmax=100, cmap=sns.light_palette(look(m).colour, as_cmap=True), cbar=False, square=True, linewidths=.4, linecolor='white',
                     xticklabels=list(t.columns), yticklabels=list(t.index), ax=ax)
-        ax.set_title(f'{look(m).label}: {100*balanced(t):.0f} %', pad=6); ax.set(xlabel='named first', ylabel=''); ax.tick_params(length=0, labelsize=7)
+        ax.set_title(f'{look(m).label}: {100*balanced(t):.0f} %', pad=6); ax.set(xlabel='named first', ylabel=''); ax.tick_params(length=0, labelsize=min(7, 62*cell))
     axes[0][0].set_ylabel('truth')
     return fig
 
@@ -453,13 +454,13 @@ def map_figure(
     images: dict[str, Path],  # case id to tile, in the order to show
     cohort: str,
 ) -> Figure:
-    "Tiles above, and below them the same tiles with their maps: red speaks for the true answer, blue against it."
+    "Tiles above, and below them the same tiles in grey with their maps: red speaks for the true answer, blue against it."
     fig, axes = plt.subplots(2, len(images), figsize=(1.25*len(images), 2.8), squeeze=False)
     for (above, below), (case, path) in zip(axes.T, images.items()):
         tile, heat = plt.imread(path), maps[maps.case_id == case].sort_values('cell').value.to_numpy()
         grid, top = round(len(heat)**.5), max(abs(heat).max(), 1e-9)
-        for ax in (above, below): ax.imshow(tile, extent=(0, grid, grid, 0)); ax.axis('off')
-        below.imshow(heat.reshape(grid, grid), cmap='RdBu_r', vmin=-top, vmax=top, alpha=.55, extent=(0, grid, grid, 0))
+        for ax, x in ((above, tile), (below, tile[..., :3].mean(-1))): ax.imshow(x, cmap='gray', vmin=0, vmax=1, extent=(0, grid, grid, 0)); ax.axis('off')
+        below.imshow(heat.reshape(grid, grid), cmap='RdBu_r', vmin=-top, vmax=top, alpha=.6, extent=(0, grid, grid, 0))
     return fig
 
 # %% ../nbs/50_report.ipynb #0077
@@ -596,7 +597,7 @@ CAPTIONS = {
     'training': 'Training: thin lines are single updates, thick lines running means. Losses of different methods are on different scales.',
     'answers': 'Accuracy for each true answer, with the number of test cases in parentheses. With few cases a cell can take few values.',
     'confusion': 'Which answer is named first (columns) for which truth (rows); each row adds up to 100 %. The number is the balanced accuracy, the mean of the diagonal.',
-    'maps': 'What the answer rested on, for some test tiles drawn at random: gradient times input of each cell for the true answer, red for it, blue against it.'}
+    'maps': 'What the answer rested on, for some test tiles drawn at random: integrated gradients of each cell for the true answer, from a tile of one neutral colour; red for the answer, blue against it.'}
 
 # %% ../nbs/50_report.ipynb #0098
 def all_figures(

@@ -18,7 +18,7 @@ from .core import InputError, Run, read_json
 from .tasks import Case, Catalogue, Ranker, Rankings, Task, get_task, list_sizes
 from .students import Student, load_student, smollm2_folder
 from .decode import StudentRanker, rankings_from_texts
-from .align import load_aligned
+from .align import SCHEDULES, load_aligned
 from .deliver import run_answers
 from .ontology import load_ontology
 
@@ -102,17 +102,23 @@ def rank(self: ServedRanker, cases: Sequence[Case], top: int = 10, bottom: int =
 
 # %% ../nbs/45_serve.ipynb #0020
 def ranker_for(
-    run: Run, method: str = 'mint', seed: int = 0,
+    run: Run,
+    method: str = 'mint',        # 'base' or a method of 39_align, also NAME_constrained
+    seed: int = 0,
     engine: Literal['auto', 'vllm', 'transformers'] = 'auto',
-    constrained: bool = False,
-) -> tuple[Ranker, str]:     # the ranker, and which engine and why
+) -> tuple[Ranker, str]:         # the ranker, and which engine and why
     "A student of a run behind vLLM or transformers."
-    which, why = choose_engine(engine)
-    p, catalogue, task = run.params, run_answers(run, load_ontology()), get_task(run.params.task)
+    model, constrained = method.removesuffix('_constrained'), method.endswith('_constrained')
+    if model != 'base' and model not in SCHEDULES: raise InputError('only a student can be served, with a plain question', field='--engine', record=method, hint='base or a trained method, also NAME_constrained')
+    p, task, (which, why) = run.params, get_task(run.params.task), choose_engine(engine)
+    if which == 'vllm' and task.view == 'image':
+        if engine == 'vllm': raise InputError('the students of this task see images, and vLLM is asked with text here', field='--engine', record='vllm', hint='leave --engine out')
+        which, why = 'transformers', 'the students of this task see images'
+    catalogue = run_answers(run, load_ontology())
     k = list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0]
     shared = dict(k=k, max_prompt=p.student.max_prompt, max_new_tokens=p.predict.max_new_tokens, constrained=constrained, name=method)
-    if which == 'transformers': return StudentRanker(load_aligned(run, method, seed), task, catalogue, batch_size=p.predict.batch, **shared), f'{which}: {why}'
-    adapter = None if method == 'base' else run/f'align/{method}-{seed}/adapter'
-    if adapter and not adapter.exists(): raise InputError('there is no such adapter', file=adapter, hint=f'run the align stage for {method} first')
+    if which == 'transformers': return StudentRanker(load_aligned(run, model, seed), task, catalogue, batch_size=p.predict.batch, folder=run/'cases', **shared), f'{which}: {why}'
+    adapter = None if model == 'base' else run/f'align/{model}-{seed}/adapter'
+    if adapter and not adapter.exists(): raise InputError('there is no such adapter', file=adapter, hint=f'run the align stage for {model} first')
     base = str(smollm2_folder()) if p.student.model == 'smollm2' else p.student.model
     return ServedRanker(base, adapter, load_student('tiny') if p.student.model == 'smollm2' else load_student(base), task, catalogue, **shared), f'{which}: {why}'

@@ -200,7 +200,7 @@ def learn_words(
     head, rng, log = WordHead(tower.encoder.config.hidden_size, meaning(words)), np.random.default_rng(seed), []
     steps = max(1, round(params.word_epochs*len(pixels)/params.batch))
     optimiser = torch.optim.AdamW([*tower.parameters(), *head.parameters()], params.word_lr, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, params.word_lr, total_steps=steps, pct_start=.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, params.word_lr, total_steps=steps, pct_start=.1 if steps != 10 else .2)     # a rise of no length is divided by
     for i in progress(_draws(len(pixels), params.batch, steps, rng), 'tower: words of captions', total=steps):
         states = tower.patches(turned(pixels[i], rng))
         loss = head(states, tower.project(states), truth[i])

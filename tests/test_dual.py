@@ -199,3 +199,13 @@ def test_benchmark_on_real_tiles(data, tmp_path):
     t = tile_benchmark(tmp_path/'some.zip', tmp_path/'t.csv', 2, 32, hidden=32, layers=1, heads=2, patch=8, batch=16, pretrain=64, pretrain_epochs=2, epochs=1, tune_epochs=1)
     assert list(t.method) == [*DUAL_VIEWS, 'texture'] and t.accuracy.between(0, 1).all()
     assert (tmp_path/'t.csv').read_text().startswith('# python -c "from mint_nb.dual import tile_benchmark')
+
+
+@pytest.mark.parametrize('steps', range(1, 25))
+def test_schedule_of_any_length(steps):
+    "Ten steps, of which one is the rise, once divided by zero (five batches, two epochs)."
+    from mint_nb.dual import schedule
+    w = torch.nn.Parameter(torch.ones(1))
+    opt, plan = schedule([w], steps, 1e-3, 0.)
+    for _ in range(steps - 1): opt.step(); plan.step()
+    assert 0 < max(plan.get_last_lr()) <= 1e-3

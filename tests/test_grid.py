@@ -107,14 +107,13 @@ def test_a_ray_worker_killed_in_the_middle_loses_nothing(here, tmp_path):
     (tmp_path/'grid.yaml').write_text(yaml.safe_dump(SMALL)); (tmp_path/'go.py').write_text(START)
     driver = subprocess.Popen([sys.executable, str(tmp_path/'go.py'), str(tmp_path/'grid.yaml'), str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
-    limit, killed = time.time() + 900, None
+    limit, killed = time.time() + 1800, None
     while killed is None and driver.poll() is None and time.time() < limit:
         if any(root.glob('*/.locks/align_mint-0.lock')):                    # a training has begun
             workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if is_busy(p)]
             if workers: killed = workers[0].pid; os.kill(killed, signal.SIGKILL)
         time.sleep(.02)
-    out, _ = driver.communicate(timeout=900)
-    if 'Ray could not be started' in out: pytest.skip('this machine is so busy that Ray, which allows itself 30 s, did not start in three attempts')
+    out, _ = driver.communicate(timeout=1800)
     assert killed and driver.returncode == 0, out
     log = attempts(root)
     assert [l for l in log if l['state'] == 'failed' and 'worker was lost' in l['error']], log

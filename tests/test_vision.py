@@ -205,3 +205,36 @@ def test_tower_survives_a_round_trip(tiles, tmp_path):
     tower = make_tower(VisionParams(size=32, patch=8, merge=2, hidden=32, layers=1, heads=2), 32, rms=.3, seed=4)
     again = load_tower(tower.save(tmp_path/'t'))
     assert torch.equal(again.vectors([tiles/'Liver.png']), tower.eval().vectors([tiles/'Liver.png'])) and again.n_tokens == tower.n_tokens == 4
+
+
+def test_pannuke_in_three_layouts_reaches_the_student(tmp_path):
+    "float64 arrays, three layouts, one cohort; and from it through teacher, pairs and warm-up to a student that answers and is mapped."
+    from mint_nb.cohort import cohort_cases, make_cohort
+    from mint_nb.core import open_run, read_json, read_table
+    from mint_nb.predict import predict_method
+    from test_tiles import LAYOUTS, pannuke
+    sizes, runs = {'min_cases': 3, 'train': 12, 'calibration': 4, 'validation': 4, 'test': 8}, []
+    for n, layout in enumerate(LAYOUTS):
+        folder = pannuke(tmp_path/f'p{n}', layout, 12, 48)
+        assert np.load(next(folder.rglob('images.npy')), mmap_mode='r').dtype == np.float64
+        runs.append(open_run(tmp_path/f'run{n}', 'smoke', {'task': 'tissue', 'cohort': {'source': str(folder), **sizes}}))
+        make_cohort(runs[-1])
+    first = cohort_cases(runs[0])
+    for run in runs[1:]:
+        assert cohort_cases(run) == first
+        assert all((run/'cases'/c.image).read_bytes() == (runs[0]/'cases'/c.image).read_bytes() for c in first)
+    run, test = runs[0], [c for c in first if c.split == 'test']
+    for m in ('teacher', 'base', 'mint', 'mint_constrained', 'mint_wrong_image_constrained'): predict_method(run, m)
+    ranks = {m: read_table(run/f'predictions/{m}-0.parquet') for m in ('teacher', 'mint_constrained', 'mint_wrong_image_constrained')}
+    for t in ranks.values(): assert set(t.case_id) == {c.id for c in test} and t.answer_id.notna().all()
+    assert load_tower(run/'align/warmup-0/tower').size == 32 and len(read_table(run/'attribution/mint-0/masking.parquet')) == len(test)
+    assert all(e['cpu_seconds'] >= 0 for e in run.manifest if e['status'] == 'done')
+
+
+@pytest.mark.parametrize('epochs', [5, 10])
+def test_words_lesson_of_ten_updates(tiles, epochs):
+    from mint_nb.vision import learn_words
+    tower = make_tower(VisionParams(size=32, patch=8, merge=2, hidden=32, layers=1, heads=2), 32)
+    images, captions = [tiles/f'{n}.png' for n in CATALOGUE.ids], ['few large nuclei', 'many small nuclei', 'few small nuclei', 'many large nuclei']
+    log = learn_words(tower, images, captions, VisionParams(size=32, word_epochs=epochs, batch=2 if epochs == 5 else 4), lambda words: torch.randn(len(words), 32, generator=torch.manual_seed(0)))
+    assert np.isfinite(log).all()

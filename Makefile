@@ -32,6 +32,21 @@ test: .make/env  ## every notebook from the top, then the tests in tests/
 	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest tests -q --durations=10
 
+QUIETLY = MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+EXAMPLES ?= 10000
+.PHONY: fuzz
+fuzz: .make/env  ## every loader and parser against EXAMPLES=10000 damaged inputs each, into benchmarks/fuzz.json
+	$(QUIETLY) MINT_FUZZ=$(EXAMPLES) MINT_FUZZ_RECORD=benchmarks/fuzz.json $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_fuzz.py --durations=10
+
+KILLS ?= 50
+.PHONY: chaos
+chaos: .make/env  ## kill -9 the smoke pipeline KILLS=50 times at random moments and compare its tables, into benchmarks/chaos.json
+	$(QUIETLY) MINT_KILLS=$(KILLS) MINT_CHAOS=benchmarks/chaos.json $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_chaos.py
+
+.PHONY: audit
+audit:  ## look the pinned versions up among known vulnerabilities; says so when the database cannot be reached
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/audit.py
+
 .PHONY: docs
 docs: .make/env  ## execute the notebooks (cached), write README.md and the site in _docs/
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py

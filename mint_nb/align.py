@@ -17,10 +17,10 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from .core import InputError, Params, Run, atomic_path, read_json, read_table, run_stage, write_json, write_table
 from .tasks import get_task
 from .vision import learn_words, make_tower
-from .cohort import cohort_captions, cohort_cases, make_cohort
+from .cohort import cohort_captions, cohort_cases, make_cohort, shows_cases
 from .doctor import diagnose, items_of
 from .launch import first_process, run_together
-from .pairs import refuse
+from .pairs import refuse, without_cases
 from .preferences import preference_rows, preferences, variant_of
 from .students import Student, add_lora, give_eyes, has_eyes, load_student
 from .engine import Engine, Item, TensorStore, caption_items, choose_engine, learn_captions, reference_logps, save_adapter, train
@@ -126,7 +126,7 @@ def train_method(run: Run, method: str, seed: int = 0) -> None:
     p, variant, out = run.params, variant_of(method), run/f'align/{method}-{seed}'
     student, rows, cases = student_of(run, seed), preference_rows(run, seed, variant), cohort_cases(run)
     lines, problems = diagnose(rows, student, p.student, p.train, p.predict.max_new_tokens)
-    lines += refuse(problems)
+    found = refuse(problems); lines += found if shows_cases(run) else without_cases(found)
     chosen = choose_engine(student, p.train, TensorStore(None if p.train.accelerate else run/'align/depth'))   # processes that share a model must not differ in what they remember
     if first_process(): print(*lines, f'engine: {chosen.name}, {chosen.why}', sep='\n')
     items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt, run/'cases'), updates(sum(c.split == 'train' for c in cases), p)

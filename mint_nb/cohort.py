@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_case', 'simulated_cases', 'usable_cases', 'real_cases', 'make_cohort', 'patients_of', 'tiles_of', 'write_cohort',
-           'cohort_cases', 'cohort_catalogue', 'cohort_captions']
+           'cohort_cases', 'cohort_catalogue', 'shows_cases', 'cohort_captions']
 
 # %% ../nbs/09_cohort.ipynb #0003
 import zlib
@@ -132,6 +132,10 @@ def cohort_cases(
 def cohort_catalogue(run: Run) -> Catalogue:
     "The closed set of answers of a run."
     return Catalogue.from_json(read_json(run/'cases/catalogue.json'))
+
+def shows_cases(run: Run) -> bool:
+    "May notebooks and reports show single cases? Simulated ones always, real ones only with `show_cases`."
+    return run.params.show_cases or not (run.params.cohort.source or run.params.cohort.test_source)
 
 def cohort_captions(run: Run, split: Optional[str] = None) -> dict[str, str]:   # case id to caption; {}: the cases have none
     "What is seen in the tiles of a run; the answer is never named."

@@ -19,7 +19,7 @@ import pandas as pd, yaml
 from fastcore.basics import patch
 from pydantic import Field, ValidationError
 
-from .core import InputError, Params, Run, Section, atomic_path, nest, open_params, read_table, record, resolve_params, stage_done, write_table
+from .core import InputError, Params, Run, Section, atomic_path, nest, open_params, read_table, read_yaml, record, resolve_params, stage_done, write_table
 from .tasks import get_task, list_sizes, method_name
 from .metrics import results_table, score_methods
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
@@ -50,10 +50,9 @@ def read_grid(
     "Read a grid and refuse what could not be run."
     file = None if isinstance(source, dict) else Path(source)
     if file and not file.exists(): raise InputError('does not exist', file=file)
-    try: grid = Grid(**(source if file is None else yaml.safe_load(file.read_text()) or {}))
-    except yaml.YAMLError as e: raise InputError('is not valid YAML', file=file, hint=str(e).splitlines()[0]) from e
-    except (ValidationError, TypeError) as e:
-        first = e.errors()[0] if isinstance(e, ValidationError) else {'msg': 'must be a mapping', 'loc': ()}
+    try: grid = Grid(**(source if file is None else read_yaml(file)))
+    except ValidationError as e:
+        first = e.errors()[0]
         raise InputError(first['msg'].lower(), file=file, field='.'.join(map(str, first['loc'])), hint='see Grid in 65_grid') from e
     for name, values in grid.vary.items():
         if '.' not in name: raise InputError('is not a dotted name of a parameter', file=file, field=f'vary.{name}', hint='for example pairs.k')

@@ -19,7 +19,8 @@ from typing import Any, Callable, Literal, Optional, Sequence
 
 import pandas as pd, yaml
 
-from .core import InputError, Params, Run, atomic_path, native_bf16, open_params, open_run, resolve_params, stage_done
+from .core import InputError, Params, Run, atomic_path, locked, native_bf16, open_params, open_run, resolve_params, stage_done
+from .privacy import check_shown
 from .tasks import get_task, method_name
 
 # %% ../nbs/60_pipeline.ipynb #0006
@@ -226,7 +227,7 @@ def prepare_run(
     if file.exists():
         have, want = open_params(out), resolve_params(profile, overrides)
         changed = {k for k in Params.model_fields if getattr(have, k) != getattr(want, k)}
-        if changed and changed <= {'methods', 'seeds'}:
+        if changed and changed <= {'methods', 'seeds', 'show_cases'}:
             with atomic_path(file) as tmp: tmp.write_text(yaml.safe_dump(want.model_dump(mode='json'), sort_keys=False))
     return open_run(out, profile, overrides)
 
@@ -237,10 +238,11 @@ def run_step(
     quiet: bool = False,     # drop the progress bars of the stage
 ) -> dict:                   # its manifest entry
     "Execute one stage notebook for a run, unless it is done."
-    if entry := stage_done(run, step.stage): return entry
     copy = run/f'notebooks/{step.name}.ipynb'
-    run_notebook(nbs_folder()/f'{step.notebook}.ipynb', copy, {'run': str(run.path.resolve()), **step.values}, quiet=quiet)
-    if entry := stage_done(run, step.stage): return entry
+    with locked(run/'.locks'/f'{step.name}.ipynb.lock'):        # a second command in the folder waits here, and finds the step done
+        if entry := stage_done(run, step.stage): return entry
+        run_notebook(nbs_folder()/f'{step.notebook}.ipynb', copy, {'run': str(run.path.resolve()), **step.values}, quiet=quiet)
+        if entry := stage_done(run, step.stage): return entry
     raise NotebookFailed(copy, 'Incomplete', f'ran to its end, but the manifest has no finished stage {step.stage!r}')
 
 # %% ../nbs/60_pipeline.ipynb #0048
@@ -332,7 +334,7 @@ def run_pipeline(
         left = [s for s in group if s in todo or tell(s, None, True)]
         if left: bar(f'{", ".join(s.name for s in left[:4])} ... about {minutes(elapsed(run.params, left, workers))} ...')
         run_steps(run, left, workers if together else 1, quiet, tell)
-    return run
+    check_shown(run); return run
 
 # %% ../nbs/60_pipeline.ipynb #0061
 def step_state(

@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from .align import load_aligned, needs_warm_up
 from .attribution import masking_check, mean_colour, tile_map
 from .candidates import CandidateRanker
-from .cohort import cohort_cases, cohort_catalogue, make_cohort
+from .cohort import cohort_cases, cohort_catalogue, make_cohort, shows_cases
 from .core import InputError, Run, file_digest, progress, run_stage, stage_key, versions, write_jsonl, write_table
 from .deliver import new_cases, new_tiles, run_answers, write_predictions
 from .matching import NaiveBayesRanker, catalogue_of, gene_catalogue
@@ -30,9 +30,9 @@ from .tasks import get_task, list_sizes, method_name
 def read_texts(path: Path) -> dict[str, str]:
     "Texts by case id from a file that may have been cut by a crash."
     texts = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError): texts |= {(row := json.loads(line))['case_id']: row['text']}
-    return texts
+    for line in path.read_bytes().split(b'\n') if path.exists() else ():     # not splitlines: a text may hold other line ends
+        with suppress(ValueError, KeyError, TypeError, RecursionError): texts |= {(row := json.loads(line))['case_id']: row['text']}
+    return {i: t for i, t in texts.items() if isinstance(i, str) and isinstance(t, str)}
 
 def append_texts(path: Path, texts: dict[str, str]) -> None:
     "Add texts to a file, at once and to the disk."

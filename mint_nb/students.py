@@ -282,7 +282,7 @@ def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype, eyes: b
             from unsloth import FastLanguageModel, FastVisionModel
             return (FastVisionModel if eyes else FastLanguageModel).from_pretrained(where, max_seq_length=2048, load_in_4bit=load_in_4bit)
         if load_in_4bit: raise InputError('4-bit loading needs a CUDA device and the gpu extra', field='student.load_in_4bit', hint='pip install "mint_nb[gpu]"')
-        model = (AutoModelForImageTextToText if eyes else AutoModelForCausalLM).from_pretrained(where, dtype=dtype)
+        model = (AutoModelForImageTextToText if eyes else AutoModelForCausalLM).from_pretrained(where, dtype=dtype, use_safetensors=True)
         return model, (AutoProcessor if eyes else AutoTokenizer).from_pretrained(where)
     except OSError as e:
         raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,

@@ -88,10 +88,10 @@ def name_tables(
     "What `Catalogue` looks names up in; a synonym that two answers share identifies neither."
     exact, other = {}, {}
     for i, n in names.items():
-        if normalise(n) in exact: raise InputError('two answers have the same name', record=i, field=n)
+        if normalise(n) in exact or not normalise(n): raise InputError('two answers have the same name' if normalise(n) else 'an answer has no name', record=i, field=n)
         exact[normalise(n)] = i
     for i, ss in synonyms.items():
-        for s in map(normalise, ss):
+        for s in filter(None, map(normalise, ss)):
             if s not in exact: other[s] = i if other.get(s, i) == i else None
     return exact, {s: i for s, i in other.items() if i}
 

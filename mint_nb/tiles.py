@@ -9,19 +9,19 @@ __all__ = ['READABLE', 'SPELLINGS', 'MIN_SIDE', 'MODES', 'PICTURES', 'NO_PATIENT
            'TileCohort', 'simulated_tiles', 'real_tiles', 'save_tiles', 'stain_jitter', 'turned']
 
 # %% ../nbs/07_tiles.ipynb #0003
-import io, re, stat, zipfile, zlib
+import io, re, sys, zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterable, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from skimage.color import hed_from_rgb, rgb_from_hed   # the stains' matrices; torchstain and albumentations would add torchvision or OpenCV
 
-from .core import CohortParams, InputError, progress
+from .core import CohortParams, InputError, printable, progress
 from .nuclei import MORPHOLOGY, TISSUES, case_seed, describe_tile, simulate_tile
-from .patients import SHARES, answer_table, choose_answers, file_name, outside_test, split_by_group, split_sizes
+from .patients import SHARES, answer_table, check_archive, choose_answers, file_name, outside_test, split_by_group, split_sizes
 from .tasks import Case, Catalogue, normalise
 
 # %% ../nbs/07_tiles.ipynb #0006
@@ -84,9 +84,9 @@ def open_tile(
         if max(_png_bits(raw), _tiff_bits(image)) > 8: raise InputError('has 16 bits a channel, a tile is 8-bit RGB', **place, field='mode', hint='export it as 8-bit RGB')
         image.load()
     except InputError: raise
-    except (OSError, ValueError, SyntaxError, zlib.error, UnidentifiedImageError, Image.DecompressionBombError) as e:
+    except Exception as e:                # damage makes decoders raise anything
         cut = any(w in str(e).lower() for w in ('truncated', 'stream', 'incomplete'))
-        raise InputError('is truncated' if cut else f'is not a readable picture: {str(e)[:100]}', **place, hint='copy it again' if cut else 'PNG, JPEG or TIFF') from e
+        raise InputError('is truncated' if cut else f'is not a readable picture: {printable(e, 100)}', **place, hint='copy it again' if cut else 'PNG, JPEG or TIFF') from e
     return check_tile(image, **place)
 
 # %% ../nbs/07_tiles.ipynb #0017
@@ -122,20 +122,24 @@ def pannuke_folds(
 def _array(file: Path, mmap: bool = False) -> np.ndarray:
     "A NumPy array without pickled objects, or an `InputError`."
     if not file.exists(): raise InputError('is missing', file=file, hint='PanNuke has images.npy and types.npy for each fold')
-    try: return np.load(file, mmap_mode='r' if mmap else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f'is truncated or not a plain NumPy array: {str(e)[:100]}', file=file, hint='download it again') from e
+    try: x = np.load(file, mmap_mode='r' if mmap else None, allow_pickle=False)
+    except Exception as e: raise InputError(f'is truncated or not a plain NumPy array: {printable(e, 100)}', file=file, hint='download it again') from e    # a damaged header raises anything
+    if not isinstance(x, np.ndarray): raise InputError('is an archive of arrays, not one array', file=file, hint='download it again')
+    return x
 
 # %% ../nbs/07_tiles.ipynb #0023
 def pannuke_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     "Images (N, S, S, 3), mapped, and types (N,) of a fold."
     images, types = _array(folder/'images.npy', True), _array(folder/'types.npy')
     if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2]:
-        kind = 'grey-scale' if images.ndim == 3 or images.shape[-1] == 1 else 'with alpha' if images.shape[-1] == 4 else 'of another shape'
+        kind = 'grey-scale' if images.ndim == 3 or images.shape[-1:] == (1,) else 'with alpha' if images.shape[-1:] == (4,) else 'of another shape'
         raise InputError(f'holds images {kind}, {images.shape}, not (N, 256, 256, 3)', file=folder/'images.npy', field='shape')
     if images.dtype.kind not in 'fu' or images.dtype == np.uint16: raise InputError(f'holds {images.dtype}, not floats or bytes in 0-255', file=folder/'images.npy', field='dtype')
+    if not images.size: raise InputError('holds no image', file=folder/'images.npy', field='shape')
     if types.shape != images.shape[:1] or types.dtype.kind != 'U':
         raise InputError(f'has {types.dtype} of shape {types.shape} for {len(images)} images', file=folder/'types.npy', field='shape')
+    codes = np.frombuffer(types.tobytes(), np.dtype('u4').newbyteorder(types.dtype.byteorder))
+    if codes.max(initial=0) > sys.maxunicode: raise InputError('holds bytes that are no text', file=folder/'types.npy', hint='download it again')    # NumPy would make broken strings of them
     return images, types
 
 # %% ../nbs/07_tiles.ipynb #0024
@@ -162,7 +166,7 @@ def load_pannuke(
         for i, t in enumerate(map(str, types)):
             name, tissue = f'fold{k}-{i:05d}', tissue_id(t) if t else None
             if labels and tissue not in TISSUES:
-                wrong = f'{t!r} is not one of the 19 tissues' if t.strip() else 'the type is missing'
+                wrong = f'{printable(t, 40)!r} is not one of the 19 tissues' if t.strip() else 'the type is missing'
                 _refuse(InputError(wrong, file=where/'types.npy', record=i, field='type'), problems, on_error); continue
             cases.append(Case(name, labels={'tissue': tissue} if labels else {}, group=f'PanNuke:{name}')); of[name] = (k, i)
     read = lambda c: pannuke_tile(arrays[of[c][0]][of[c][1]], file=folds[of[c][0]]/'images.npy', record=of[c][1])
@@ -174,14 +178,11 @@ PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff')
 def _zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
     "Name to reader for the files of a zip; one that points outside, or is a link, refuses the whole archive."
     try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as e: raise InputError(f'is not a readable zip: {e}', file=path) from e
-    for info in archive.infolist():
-        name = info.filename
-        if name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name) or ':' in name or stat.S_ISLNK(info.external_attr >> 16):
-            raise InputError('an entry points outside the archive; nothing was read', file=path, record=name)
+    except Exception as e: raise InputError(f'is not a readable zip: {printable(e)}', file=path) from e    # damage makes zipfile raise anything
+    check_archive(archive, path)
     def reader(name):
         try: return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as e: raise InputError(f'cannot be unpacked: {str(e)[:80]}', file=f'{path.name}/{name}') from e
+        except Exception as e: raise InputError(f'cannot be unpacked: {printable(e, 80)}', file=f'{path.name}/{name}') from e
     return {n: (lambda n=n: reader(n)) for n in archive.namelist() if not n.endswith('/')}
 
 # %% ../nbs/07_tiles.ipynb #0031
@@ -202,8 +203,8 @@ def label_table(
     raw: bytes, file: Path | str,
 ) -> pd.DataFrame:                # file, label, patient and, if there, split and fold; all text
     "Read labels.csv."
-    try: t = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError) as e: raise InputError(f'is not a readable table: {str(e)[:100]}', file=file) from e
+    try: t = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False, index_col=False).fillna('')
+    except (ValueError, OverflowError) as e: raise InputError(f'is not a readable table: {printable(e, 100)}', file=file) from e
     missing = [c for c in ('file', 'label', 'patient') if c not in t]
     if missing: raise InputError('the table lacks columns', file=file, field=', '.join(missing), hint='a row a tile: file, label, patient')
     for column in {'split', 'fold'} & set(t):
@@ -216,7 +217,7 @@ def _row_case(row: dict, files: dict, taken: set, file: str) -> Case:
     "The case of a row of the table, or an `InputError`."
     place, tissue = {'file': file, 'record': row['file']}, tissue_id(row['label'])
     if not row['label'].strip(): raise InputError('the type is missing', **place, field='label')
-    if tissue is None: raise InputError(f'{row["label"]!r} is outside the catalogue of tissues', **place, field='label', hint='known are ' + ', '.join(MORPHOLOGY))
+    if tissue is None: raise InputError(f'{printable(row["label"], 40)!r} is outside the catalogue of tissues', **place, field='label', hint='known are ' + ', '.join(MORPHOLOGY))
     if not row['patient'].strip(): raise InputError('names no patient', **place, field='patient')
     if row['file'] not in files: raise InputError('the file is not there', **place, field='file')
     if row['file'] in taken: raise InputError('the file is listed twice', **place, field='file')

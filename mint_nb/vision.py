@@ -91,7 +91,7 @@ def make_tower(
         config = ViTConfig(hidden_size=params.hidden, num_hidden_layers=params.layers, num_attention_heads=params.heads, intermediate_size=2*params.hidden,
                            image_size=params.size, patch_size=params.patch, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
         return VisionTower(ViTModel(config, add_pooling_layer=False), width, rms, params.merge)
-    try: whole = AutoModel.from_pretrained(params.weights, dtype=torch.float32)
+    try: whole = AutoModel.from_pretrained(params.weights, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as e: raise InputError(f'the vision transformer could not be loaded: {str(e).splitlines()[0]}', field='vision.weights', record=params.weights) from e
     return VisionTower(getattr(whole, 'vision_model', whole), width, rms, params.merge)
 

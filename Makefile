@@ -47,6 +47,10 @@ chaos: .make/env  ## kill -9 the smoke pipeline KILLS=50 times at random moments
 audit:  ## look the pinned versions up among known vulnerabilities; says so when the database cannot be reached
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/audit.py
 
+.PHONY: browser
+browser:  ## Debian's Chromium, for the tests in a browser (needs root); without it they are skipped
+	command -v chromium > /dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
+
 .PHONY: docs
 docs: .make/env  ## execute the notebooks (cached), write README.md and the site in _docs/
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py

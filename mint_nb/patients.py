@@ -535,12 +535,12 @@ def parse_note(
     obj: dict, ontology: Ontology,
     file: str = '', strict: bool = True, labels: bool = True,   # as in `parse_phenopacket`
 ) -> tuple[Case, list[InputWarning]]:
-    "One patient from a plain note; without an id it is called after its place in the file."
+    "One patient from a plain note or a list of terms; without an id it is called after its place in the file."
     get = {k: next((str(obj[n]).strip() for n in names if obj.get(n) not in (None, '')), '') for k, names in NOTE_FIELDS.items()}
     get['id'] = get['id'] or re.sub(r'\W+', '-', file)
     place = {'file': file, 'record': get['id']}
-    if not get['note']: raise InputError("a plain note needs a 'note'", **place, field='note')
     terms = obj.get('phenotypes') or []
+    if not get['note'] and not terms: raise InputError("a plain record needs a 'note' or 'phenotypes'", **place, field='note')
     if not isinstance(terms, list): raise InputError('is not a list of HPO ids', **place, field='phenotypes')
     found, problems = read_findings([(t, False) for t in terms], ontology, place, strict)
     try: age = None if obj.get('age') in (None, '') else float(obj['age'])
@@ -548,7 +548,8 @@ def parse_note(
     if age is not None and not 0 <= age < OLDEST: raise InputError(f'{printable(repr(obj["age"]), 40)} is not an age in years', **place, field='age')
     sex = {'f': 'female', 'm': 'male'}.get(str(obj.get('sex') or '')[:1].lower())
     known = {k: get[k] for k in ('disease', 'disease_name', 'gene') if get[k]} if labels else {}
-    found = tuple(replace(f, view=view_of(f, True, ontology)) for f in found)
+    if get['note']: found = tuple(replace(f, view=view_of(f, True, ontology)) for f in found)
+    elif not found: raise InputError('has no usable phenotype' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypes')
     return Case(get['id'], note=get['note'], sex=sex, age=age, phenotypes=found, labels=known, group=get['group'] or get['id']), problems
 
 # %% ../nbs/04_patients.ipynb #0112

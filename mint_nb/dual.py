@@ -31,7 +31,7 @@ from .images import load_image
 from .metrics import grouped_bootstrap
 from .nuclei import MORPHOLOGY, caption_words, describe_tile, random_tiles, tissue_texts
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
-from .teachers import cross_fit, folds_of, read_weights
+from .teachers import cross_fit, folds_of, one_cycle, read_weights
 from .tiles import load_tiles, stain_jitter, tissue_catalogue, turned
 
 # %% ../nbs/13_dual.ipynb #0007
@@ -95,7 +95,7 @@ def contrastive_loss(
 def schedule(weights: list, steps: int, lr: float, decay: float) -> tuple[torch.optim.Optimizer, Any]:
     "AdamW and a one-cycle learning rate."
     opt = torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
-    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(1, steps), pct_start=.1 if steps != 10 else .2)     # a rise of no length is divided by
+    return opt, one_cycle(opt, lr, steps)
 
 # %% ../nbs/13_dual.ipynb #0022
 def learn_pairs(

@@ -33,6 +33,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, progress
 from .losses import LOSSES, Logps, Total, sft_loss
 from .students import OwnEyes, Student, add_lora, load_student
+from .teachers import one_cycle
 
 # %% ../nbs/32_engine.ipynb #0006
 @dataclass
@@ -676,7 +677,7 @@ def learn_captions(
     engine, rng, order, log = Engine(student), np.random.default_rng(seed), [], []
     steps = max(1, math.ceil(params.epochs*len(items)/params.batch))
     optimiser = torch.optim.AdamW(student.vision.parameters(), params.lr, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, params.lr, total_steps=steps, pct_start=.1)
+    schedule = one_cycle(optimiser, params.lr, steps)
     for _ in progress(range(steps), 'warm-up: captions'):
         while len(order) < params.batch: order += rng.permutation(len(items)).tolist()
         batch, order = [items[i] for i in order[:params.batch]], order[params.batch:]

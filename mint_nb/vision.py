@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
 
 from .core import InputError, VisionParams, atomic_path, digest, progress, read_json, write_json
+from .teachers import one_cycle
 
 # %% ../nbs/28_vision.ipynb #0006
 @functools.lru_cache(4096)
@@ -200,7 +201,7 @@ def learn_words(
     head, rng, log = WordHead(tower.encoder.config.hidden_size, meaning(words)), np.random.default_rng(seed), []
     steps = max(1, round(params.word_epochs*len(pixels)/params.batch))
     optimiser = torch.optim.AdamW([*tower.parameters(), *head.parameters()], params.word_lr, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, params.word_lr, total_steps=steps, pct_start=.1 if steps != 10 else .2)     # a rise of no length is divided by
+    schedule = one_cycle(optimiser, params.word_lr, steps)
     for i in progress(_draws(len(pixels), params.batch, steps, rng), 'tower: words of captions', total=steps):
         states = tower.patches(turned(pixels[i], rng))
         loss = head(states, tower.project(states), truth[i])

@@ -66,8 +66,10 @@ gpu-check:  ## on CUDA: GPU tests, step time, memory, one run, into benchmarks/g
 
 CASES ?= $(if $(MINT_DATA),$(MINT_DATA)/phenopackets.zip)
 .PHONY: study
-study: .make/env  ## the study, in pieces that resume (hours); CASES=phenopackets.zip for the real cohorts
+study: .make/env  ## the study, in pieces that resume (hours), then that of the tissues; CASES=phenopackets.zip for the real cohorts
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb study $(if $(CASES),--cases $(CASES))
+	HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --task tissue --profile study --out runs/study-tissue
+	$(BIN)/mint-nb report runs/study-tissue --csv benchmarks/tissue_study.csv
 
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)
 REASON = HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --profile reasoning

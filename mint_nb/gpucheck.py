@@ -168,7 +168,7 @@ def run_tests(file: Path, limit: float = 570.) -> dict:
     "Outcome of the GPU tests under pytest."
     if find_spec('pytest') is None: return {'tests': 'not measured: pytest not installed'}
     if not file.exists(): return {'tests': f'not measured: {file} is missing'}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--tb=line', '-p', 'no:cacheprovider', str(file)], capture_output=True, text=True, timeout=limit)
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--tb=line', '--color=no', '-p', 'no:cacheprovider', str(file)], capture_output=True, text=True, timeout=limit)
     counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|error)', done.stdout.strip().splitlines()[-1] if done.stdout.strip() else '')}
     return {'tests': counts, 'failures': [l[:200] for l in done.stdout.splitlines() if l.startswith(('FAILED', 'ERROR', 'E  ')) or re.match(r'\S+\.py:\d+: ', l)][:10]}
 

@@ -30,7 +30,7 @@ run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; r
 .PHONY: test
 test: .make/env  ## every notebook from the top, then the tests in tests/
 	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
-	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest tests -q --durations=10
+	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile
 
 QUIETLY = MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 EXAMPLES ?= 10000

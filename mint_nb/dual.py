@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from .core import InputError, TeacherParams, atomic_path, cache_dir, code_modules, digest, locked, progress, read_json, write_json
+from .core import InputError, TeacherParams, atomic_path, cache_dir, code_modules, digest, locked, one_cycle, progress, read_json, write_json
 from .images import load_image
 from .metrics import grouped_bootstrap
 from .nuclei import MORPHOLOGY, caption_words, describe_tile, random_tiles, tissue_texts
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
-from .teachers import cross_fit, folds_of, one_cycle, read_weights
+from .teachers import cross_fit, folds_of, read_weights
 from .tiles import load_tiles, stain_jitter, tissue_catalogue, turned
 
 # %% ../nbs/13_dual.ipynb #0007

@@ -30,10 +30,9 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
-from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, progress
+from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, one_cycle, progress
 from .losses import LOSSES, Logps, Total, sft_loss
 from .students import OwnEyes, Student, add_lora, load_student
-from .teachers import one_cycle
 
 # %% ../nbs/32_engine.ipynb #0006
 @dataclass

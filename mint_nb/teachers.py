@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['View', 'MISSING', 'CONVERT', 'MIX', 'WORDS_FASTER', 'phrases', 'word_tokenizer', 'gentle_start', 'small_vilt',
-           'pooled', 'random_faces', 'one_cycle', 'learn_faces', 'see_faces', 'read_weights', 'pretrained_vilt',
-           'Teacher', 'jitter', 'load_teacher', 'folds_of', 'cross_fit']
+           'pooled', 'random_faces', 'learn_faces', 'see_faces', 'read_weights', 'pretrained_vilt', 'Teacher', 'jitter',
+           'load_teacher', 'folds_of', 'cross_fit']
 
 # %% ../nbs/10_teachers.ipynb #0003
 import json, re
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViltConfig, ViltForQuestionAnswering
 
-from .core import InputError, TeacherParams, atomic_path, cache_dir, code_modules, digest, locked, progress, read_json, write_json
+from .core import InputError, TeacherParams, atomic_path, cache_dir, code_modules, digest, locked, one_cycle, progress, read_json, write_json
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
 from .images import DRAWN, LANDMARKS, SCATTER, SHAPE, SIGNAL, draw_face, face, load_image
 
@@ -105,17 +105,7 @@ def random_faces(
         pictures.append(np.asarray(draw_face(marks[-1], i, size)).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(pictures)), torch.tensor(np.stack(marks), dtype=torch.float32)
 
-# %% ../nbs/10_teachers.ipynb #0023
-def one_cycle(
-    optimiser: torch.optim.Optimizer,
-    rate: float | Sequence[float],   # highest rate, of each group of weights
-    steps: int,                      # updates
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    "A learning rate that rises for a tenth of the updates and falls for the rest."
-    steps = max(1, steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=.2 if steps == 10 else .1)
-
-# %% ../nbs/10_teachers.ipynb #0025
+# %% ../nbs/10_teachers.ipynb #0022
 def learn_faces(
     model: ViltForQuestionAnswering,
     pictures: Tensor, marks: Tensor,   # from `random_faces`
@@ -138,7 +128,7 @@ def learn_faces(
         history.append(float(np.mean(losses)))
     return history
 
-# %% ../nbs/10_teachers.ipynb #0027
+# %% ../nbs/10_teachers.ipynb #0024
 def see_faces(
     model: ViltForQuestionAnswering,   # freshly made by `small_vilt`
     params: TeacherParams,             # `pretrain` faces
@@ -156,7 +146,7 @@ def see_faces(
     own = model.vilt.state_dict()
     for name, w in load_file(file).items(): own[name][:len(w)] = w   # of the words, only the four special ones
 
-# %% ../nbs/10_teachers.ipynb #0031
+# %% ../nbs/10_teachers.ipynb #0028
 CONVERT = "convert it where you trust it: safetensors.torch.save_file(torch.load('model.bin', weights_only=True), 'model.safetensors')"
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -182,7 +172,7 @@ def pretrained_vilt(folder: Path | str, labels: int) -> tuple[ViltForQuestionAns
     model.load_state_dict(fits, strict=False)
     return model, tok
 
-# %% ../nbs/10_teachers.ipynb #0035
+# %% ../nbs/10_teachers.ipynb #0032
 class Teacher:
     "A ViLT over note and portrait; a `Ranker` named 'teacher'."
     name = 'teacher'
@@ -199,7 +189,7 @@ class Teacher:
         self.image_size, self.models, self.tok, self._pictures = image_size, [], None, {}
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/10_teachers.ipynb #0036
+# %% ../nbs/10_teachers.ipynb #0033
 @patch
 def build(self: Teacher, texts: Iterable[str], embedding: int = 0) -> None:
     "Make tokenizer and networks; `embedding` is the length of photo embeddings, 0 for pictures."
@@ -223,7 +213,7 @@ def picture(self: Teacher, case: Case) -> np.ndarray | None:
     if self.image_size <= 128: self._pictures[case.image] = x
     return x
 
-# %% ../nbs/10_teachers.ipynb #0040
+# %% ../nbs/10_teachers.ipynb #0037
 def jitter(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Shift a picture by a pixel at most and mirror every second one; leave an embedding as it is."
     if x.ndim == 1: return x
@@ -237,7 +227,7 @@ def text(self: Teacher, case: Case, view: View, rng: Optional[np.random.Generato
     if rng is not None: p = [p[i] for i in rng.permutation(len(p)) if rng.random() > self.params.drop_findings]
     return ' '.join(p) or MISSING
 
-# %% ../nbs/10_teachers.ipynb #0042
+# %% ../nbs/10_teachers.ipynb #0039
 @patch
 def batch(self: Teacher,
     cases: Sequence[Case], views: Sequence[View],
@@ -253,7 +243,7 @@ def batch(self: Teacher,
     out = dict(input_ids=t['input_ids'], text_mask=t['attention_mask'], pixels=torch.from_numpy(np.stack(pics)), image_mask=seen)
     return {k: v.to(self.device) for k, v in out.items()}
 
-# %% ../nbs/10_teachers.ipynb #0045
+# %% ../nbs/10_teachers.ipynb #0042
 @patch
 def fit(self: Teacher,
     cases: Sequence[Case],   # those with a label are used
@@ -267,7 +257,7 @@ def fit(self: Teacher,
     for n, model in enumerate(self.models): self.fit_member(model, cases, 1000*self.seed + n, f'{desc}, network {n + 1} of {len(self.models)}')
     return self
 
-# %% ../nbs/10_teachers.ipynb #0046
+# %% ../nbs/10_teachers.ipynb #0043
 @patch
 def fit_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[Case], seed: int, desc: str) -> None:
     "Train one network."
@@ -289,7 +279,7 @@ def fit_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[C
 MIX = (.35, .45, .2)   # share of batches seen through both views, the note, the portrait
 WORDS_FASTER = 3.      # learning rate of the word embeddings, times that of the rest
 
-# %% ../nbs/10_teachers.ipynb #0048
+# %% ../nbs/10_teachers.ipynb #0045
 @patch
 def scores(self: Teacher, cases: Sequence[Case], view: Optional[View] = None) -> np.ndarray:
     "Log-probabilities (n, N) of the answers, seen through `view` (default: the teacher's own)."
@@ -308,7 +298,7 @@ def rank(self: Teacher, cases: Sequence[Case], top: int = 10, bottom: int = 0) -
     s = self.scores(cases)
     return rankings_from_scores([c.id for c in cases], s, self.catalogue, top, bottom, probs=np.exp(s), seed=self.seed)
 
-# %% ../nbs/10_teachers.ipynb #0054
+# %% ../nbs/10_teachers.ipynb #0051
 @patch
 def save(self: Teacher, folder: Path | str) -> Path:
     "Write the teacher into a folder, atomically."
@@ -320,7 +310,7 @@ def save(self: Teacher, folder: Path | str) -> Path:
                                             image_size=self.image_size, view=self.view, seed=self.seed))
     return Path(folder)
 
-# %% ../nbs/10_teachers.ipynb #0055
+# %% ../nbs/10_teachers.ipynb #0052
 def load_teacher(folder: Path | str, root: Path | str = '.') -> Teacher:
     "Read a teacher that `save` wrote."
     folder, meta = Path(folder), read_json(Path(folder)/'teacher.json')
@@ -332,7 +322,7 @@ def load_teacher(folder: Path | str, root: Path | str = '.') -> Teacher:
         model.load_state_dict(state); t.models.append(model.to(t.device).eval())
     return t
 
-# %% ../nbs/10_teachers.ipynb #0058
+# %% ../nbs/10_teachers.ipynb #0055
 def folds_of(
     cases: Sequence[Case], n: int, seed: int,
     label: str = 'disease',   # its values are spread over the folds as evenly as groups allow
@@ -346,7 +336,7 @@ def folds_of(
     folds = (StratifiedGroupKFold if spread else GroupKFold)(n, shuffle=True, random_state=seed)
     return list(folds.split(cases, answers, groups))
 
-# %% ../nbs/10_teachers.ipynb #0060
+# %% ../nbs/10_teachers.ipynb #0057
 def cross_fit(
     cases: Sequence[Case], catalogue: Catalogue, params: TeacherParams,
     root: Path | str, label: str = 'disease', image_size: int = 64, seed: int = 0,

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
 
-from .core import InputError, VisionParams, atomic_path, digest, progress, read_json, write_json
-from .teachers import one_cycle
+from .core import InputError, VisionParams, atomic_path, digest, one_cycle, progress, read_json, write_json
 
 # %% ../nbs/28_vision.ipynb #0006
 @functools.lru_cache(4096)

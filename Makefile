@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 .make/env: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] + "; say which: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
@@ -30,7 +30,26 @@ run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; r
 .PHONY: test
 test: .make/env  ## every notebook from the top, then the tests in tests/
 	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
-	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest tests -q --durations=10
+	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile
+
+QUIETLY = MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+EXAMPLES ?= 10000
+.PHONY: fuzz
+fuzz: .make/env  ## every loader and parser against EXAMPLES=10000 damaged inputs each, into benchmarks/fuzz.json
+	$(QUIETLY) MINT_FUZZ=$(EXAMPLES) MINT_FUZZ_RECORD=benchmarks/fuzz.json $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_fuzz.py --durations=10
+
+KILLS ?= 50
+.PHONY: chaos
+chaos: .make/env  ## kill -9 the smoke pipeline KILLS=50 times at random moments and compare its tables, into benchmarks/chaos.json
+	$(QUIETLY) MINT_KILLS=$(KILLS) MINT_CHAOS=benchmarks/chaos.json $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_chaos.py
+
+.PHONY: audit
+audit:  ## look the pinned versions up among known vulnerabilities; says so when the database cannot be reached
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/audit.py
+
+.PHONY: browser
+browser:  ## Debian's Chromium, for the tests in a browser (needs root); without it they are skipped
+	command -v chromium > /dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
 
 .PHONY: docs
 docs: .make/env  ## execute the notebooks (cached), write README.md and the site in _docs/
@@ -40,10 +59,17 @@ docs: .make/env  ## execute the notebooks (cached), write README.md and the site
 bench: .make/env  ## time and memory against TRL, into benchmarks/ (about 20 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb bench
 
+PART ?=
+.PHONY: gpu-check
+gpu-check:  ## on CUDA: GPU tests, step time, memory, one run, into benchmarks/gpu.json and gpu.md; PART=step for one part
+	HF_HUB_OFFLINE=1 $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu_check.py $(if $(PART),--part $(PART))
+
 CASES ?= $(if $(MINT_DATA),$(MINT_DATA)/phenopackets.zip)
 .PHONY: study
-study: .make/env  ## the study, in pieces that resume (hours); CASES=phenopackets.zip for the real cohorts
+study: .make/env  ## the study, in pieces that resume (hours), then that of the tissues; CASES=phenopackets.zip for the real cohorts
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb study $(if $(CASES),--cases $(CASES))
+	HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --task tissue --profile study --out runs/study-tissue
+	$(BIN)/mint-nb report runs/study-tissue --csv benchmarks/tissue_study.csv
 
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)
 REASON = HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --profile reasoning

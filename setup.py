@@ -12,6 +12,7 @@ cfg = cfg["DEFAULT"]
 extras = {
     "dev": cfg["dev_requirements"].split(),
     "gpu": cfg["gpu_requirements"].split(),
+    "grid": cfg["grid_requirements"].split(),
     "track": cfg["track_requirements"].split(),
 }
 
@@ -50,7 +51,7 @@ setup(
         "Programming Language :: Python :: 3.12",
     ],
     packages=find_packages(include=["mint_nb", "mint_nb.*"]),
-    package_data={"mint_nb": ["profiles/*.yaml"]},
+    package_data={"mint_nb": ["profiles/*.yaml", "accelerate/*.yaml"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'Setting', 'bench_items', 'bench_student', 'SeparateRows', 'stepper', 'gradient', 'differences', 'work',
            'take_turns', 'compare', 'high_water', 'peak_memory', 'measure_speed', 'bench', 'processor', 'bench_table',
-           'committed', 'detail_table', 'bench_figure']
+           'committed', 'detail_table', 'bench_figure', 'decoding_speed', 'beam_rate', 'bench_decoding',
+           'decoding_table']
 
 # %% ../nbs/36_bench.ipynb #0003
 import json, resource, subprocess, sys, tempfile, time
@@ -16,10 +17,12 @@ import numpy as np, pandas as pd, torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from .core import StudentParams, TrainParams, device_name, progress, read_json, versions, write_json
+from .decode import NameTrie, beam_names, decode_batch
 from .doctor import count_work
 from .engine import Engine, Item, PreferenceTrainer, TensorStore, trainer_settings, trl_rows, trl_trainer
 from .losses import Logps
 from .students import Student, add_lora, load_student
+from .tasks import Catalogue, get_task
 
 # %% ../nbs/36_bench.ipynb #0006
 class Setting(NamedTuple):
@@ -66,7 +69,7 @@ class SeparateRows(Engine):
 
 # %% ../nbs/36_bench.ipynb #0012
 WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared prompt': dict(budget=1), 'packed': dict(budget=10**6),
-        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True)}
+        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True), 'packed response': dict(budget=10**6, nll_on='response')}
 
 # %% ../nbs/36_bench.ipynb #0013
 def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> Callable[[], float]:
@@ -74,16 +77,19 @@ def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> C
     how = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, **(WAYS[way] or {})}
     params = TrainParams(batch=len(items), nll_on=how['nll_on'], beta=.1)
     settings = trainer_settings(params, folder, 1, 1e-4, 0)
+    base = student.model.get_base_model()
     if way == 'TRL':
-        trainer = trl_trainer(student, items, 'orpo', params, settings)
+        base.set_attn_implementation('sdpa')
+        trainer = trl_trainer(student, items, 'orpo', params, settings | dict(bf16=torch.cuda.is_available()))
         batch = trainer.data_collator(trl_rows(items, 'orpo'))
         inputs = lambda: {**batch}
     else:
         engine = how['kind'](student, TensorStore(), how['cached'], how['budget'])
         trainer = PreferenceTrainer(student, engine, 'orpo', params, args=TrainingArguments(**settings), train_dataset=list(items))
         inputs = lambda: {'items': list(items)}
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps, attention = 1, base.config._attn_implementation
     def step():
+        base.set_attn_implementation(attention)      # the ways share a model and, on CUDA, not the attention
         student.model.zero_grad()
         loss = float(trainer.training_step(student.model, inputs()))
         if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -184,7 +190,8 @@ def bench(
     model, f = model or ('llama-3b' if gpu else 'smollm2'), Path(out)/('gpu.json' if gpu else 'cpu.json')
     with tempfile.TemporaryDirectory() as d: found = measure_speed(model, repeats, base, d)
     memory, same = {w: round(peak_memory(w, model, base)) for w in ('TRL', 'shared prompt', 'response')}, 'shared prompt'
-    return write_json(f, dict(
+    kept = {k: v for k, v in read_json(f).items() if k in ('step', 'memory', 'tests', 'failures', 'run', 'seconds')} if f.exists() else {}     # of gpu-check
+    return write_json(f, dict(**kept,
         speed_ratio=found['ladder'][same]['ratio'], speed_ratio_response=found['ladder']['response']['ratio'], memory_ratio=round(memory[same]/memory['TRL'], 2),
         memory_ratio_response=round(memory['response']/memory['TRL'], 2), speed_ratio_4_rejected=found['rejected']['4']['response']['ratio'],
         speed_ratio_cached=found['cached']['cached']['ratio'], repeats=repeats, model=model, device=device_name(), processor=processor(),
@@ -203,6 +210,7 @@ def bench_table(
     found: Optional[dict],   # content of cpu.json or gpu.json; None: not measured
 ) -> pd.DataFrame:
     "Ratios to TRL, their bounds, and what they stand for."
+    found = found if found and 'ladder' in found else None      # gpu-check writes into gpu.json too
     rows = [('same loss, prompt shared', 'ladder', 'shared prompt'), ('  needed logits only, rows not shared', 'ladder', 'needed logits'), ('  whole batch in one row', 'ladder', 'packed'),
             ('likelihood on the answer only', 'ladder', 'response'), ('4 rejected answers, against 4 pairs', 'rejected.4', 'response'), ('top layers only, cached, second epoch', 'cached', 'cached')]
     out = []
@@ -244,3 +252,45 @@ def bench_figure(found: dict) -> Any:
     ax.set_yticks(range(len(bars)), [b for b, _ in bars]); ax.invert_yaxis(); ax.set(xlim=(0, 1.12), xlabel='time of a step, TRL = 1')
     fig.tight_layout()
     return fig
+
+# %% ../nbs/36_bench.ipynb #0044
+def decoding_speed(student: Student, names: Catalogue, rows: int = 16, k: int = 5, repeats: int = 3) -> dict:
+    "Tokens a second of constrained and of free decoding, and their ratio."
+    task, clock = get_task('disease'), time.perf_counter if student.device.type == 'cuda' else time.process_time
+    trie, rates = NameTrie(names, student.tokenizer, task, k), []
+    prompts = [student.prompt_ids(task, f'A {age}-year-old girl with developmental delay, short stature, arched eyebrows, hypotonia and seizures was seen.', k) for age in range(3, 3 + rows)]
+    def rate(steps: int, states: Optional[list]) -> tuple[float, int]:
+        start = clock(); new = decode_batch(student, prompts, steps, states); spent = clock() - start
+        return sum(min(len(x) + 1, steps) for x in new)/spent, max(map(len, new)) + 1
+    rate(trie.longest, [trie.start() for _ in prompts]); beam_rate(student, prompts[:2], trie, clock)     # to warm up
+    for _ in range(repeats):
+        held, steps = rate(trie.longest, [trie.start() for _ in prompts])
+        rates.append((held, rate(steps, None)[0], *beam_rate(student, prompts[:max(1, rows//4)], trie, clock)))
+    held, free, beam, plain = np.array(rates).T
+    return dict(names=len(names), rows=rows, k=k, repeats=repeats, constrained_per_s=round(float(np.median(held)), 1), free_per_s=round(float(np.median(free)), 1),
+                ratio=round(float(np.median(held/free)), 3), low=round(float((held/free).min()), 3), high=round(float((held/free).max()), 3),
+                beam_ratio=round(float(np.median(beam/plain)), 3), beam_low=round(float((beam/plain).min()), 3), beam_high=round(float((beam/plain).max()), 3))
+
+def beam_rate(student: Student, prompts: Sequence[list[int]], trie: NameTrie, clock: Callable[[], float], width: int = 4) -> tuple[float, float]:
+    "Tokens a second of a beam search, and of free decoding with as many rows and steps."
+    sizes: list[int] = []
+    hook = student.model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw['input_ids'])) if kw['input_ids'].shape[1] == 1 else None, with_kwargs=True)
+    start = clock(); found = beam_names(student, prompts, trie, width); spent = clock() - start
+    hook.remove()
+    begin = clock(); new = decode_batch(student, [p + trie.header + trie.numbers[0] for p in prompts]*width, len(sizes) + 1); free = clock() - begin
+    return (sum(sizes) + sum(map(len, found)))/spent, sum(map(len, new))/free      # the last token of a name is chosen, and not read
+
+# %% ../nbs/36_bench.ipynb #0046
+def bench_decoding(out: Path | str = 'benchmarks', models: Sequence[str] = ('tiny', 'smollm2'), repeats: int = 3) -> Path:   # decoding-cpu.json or decoding-gpu.json
+    "Measure constrained decoding over all annotated diseases, and write it down."
+    from mint_nb.matching import catalogue_of        # here, because a bare GPU machine lacks what they import
+    from mint_nb.ontology import load_ontology
+    names, gpu = catalogue_of(load_ontology()), torch.cuda.is_available()
+    found = {m: decoding_speed(load_student(m), names, repeats=repeats) for m in models}
+    return write_json(Path(out)/f'decoding-{"gpu" if gpu else "cpu"}.json', {'command': 'mint-nb bench --decoding', **found, 'device': device_name(), 'processor': processor(), 'versions': versions(), 'date': time.strftime('%Y-%m-%d')})
+
+def decoding_table(found: Optional[dict]) -> pd.DataFrame:
+    "Constrained against free decoding, a row for each model."
+    rows = {m: f for m, f in (found or {}).items() if isinstance(f, dict) and 'ratio' in f}
+    cells = [[m, f['names'], f['constrained_per_s'], f['free_per_s'], *(f"{f[k]:.2f} ({f[lo]:.2f} to {f[hi]:.2f})" for k, lo, hi in (('ratio', 'low', 'high'), ('beam_ratio', 'beam_low', 'beam_high')))] for m, f in rows.items()]
+    return pd.DataFrame(cells or [['not yet measured', *['']*5]], columns=['model', 'names', 'held, tokens a second', 'free, tokens a second', 'held to free', 'beam to free'])

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -24,7 +24,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from .calibration import bin_of
 from .candidates import CandidateRanker, NamePaths, name_logps, name_paths
-from .core import CalibrateParams, InputError, TrainParams, progress
+from .core import CalibrateParams, InputError, TrainParams, printable, progress
 from .engine import Bar, Engine, Item, PreferenceTrainer, trainer_settings
 from .losses import Total
 from .students import Student
@@ -94,6 +94,34 @@ def case_choices(
     return out
 
 # %% ../nbs/42_calibrate.ipynb #0016
+def _records(source: Path, split: str) -> list:
+    "The records of a file or of a saved dataset."
+    if not source.is_dir(): return [o for _, o in _json_lines(source)]
+    from datasets import DatasetDict, load_from_disk
+    try: data = load_from_disk(str(source)); return list(data[split] if isinstance(data, DatasetDict) else data)
+    except Exception as e: raise InputError(f'is no dataset that can be read: {printable(e)}', file=source, field='questions', hint='save_to_disk makes one') from e
+
+def _json_lines(source: Path) -> Iterator[tuple[int, Any]]:
+    "Line number and object of each line that is not empty."
+    for n, line in enumerate(source.read_bytes().split(b'\n'), 1):
+        try:
+            if line.strip(): yield n, json.loads(line)
+        except (ValueError, RecursionError) as e: raise InputError(f'is not valid JSON: {printable(e)}', file=source, record=f'line {n}') from e
+
+def _question(r: Any, source: Path, n: int) -> dict:
+    "A checked question."
+    bad = lambda what, field: InputError(what, file=source, record=f'question {n}', field=field)
+    if not isinstance(r, dict): raise bad('is no JSON object', 'question')
+    for f in ('question', 'options', 'answer'):
+        if f not in r: raise bad('is missing', f)
+    options, a = r['options'], r['answer']
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) for o in options):
+        raise bad(f'is no list of 2 to {len(LETTERS)} texts', 'options')
+    at = options.index(a) if a in options else a if isinstance(a, int) and not isinstance(a, bool) else LETTERS.find(str(a).strip().upper()[:1] or '?')
+    if not 0 <= at < len(options): raise bad(f'{printable(repr(a), 40)} is none of the {len(options)} options', 'answer')
+    return {'question': str(r['question']), 'options': options, 'answer': at}
+
+# %% ../nbs/42_calibrate.ipynb #0018
 def read_questions(
     source: Path | str,     # JSONL file, or folder of a Hugging Face dataset saved to disk
     split: str = 'train',   # of a dataset with several
@@ -101,27 +129,14 @@ def read_questions(
     "Multiple-choice questions; each bad record is one clear error."
     source = Path(source)
     if not source.exists(): raise InputError('does not exist', file=source, field='questions')
-    if source.is_dir():
-        from datasets import DatasetDict, load_from_disk
-        data = load_from_disk(str(source))
-        rows = list(data[split] if isinstance(data, DatasetDict) else data)
-    else: rows = [json.loads(l) for l in source.read_text().splitlines() if l.strip()]
-    out = []
-    for n, r in enumerate(rows, 1):
-        bad = lambda what, field: InputError(what, file=source, record=f'question {n}', field=field)
-        for f in ('question', 'options', 'answer'):
-            if f not in r: raise bad('is missing', f)
-        options, a = list(r['options']), r['answer']
-        at = options.index(a) if a in options else int(a) if isinstance(a, int) else LETTERS.find(str(a).strip().upper()[:1] or '?')
-        if not 0 <= at < len(options): raise bad(f'{a!r} is none of the {len(options)} options', 'answer')
-        out.append({'question': str(r['question']), 'options': options, 'answer': at})
-    return out
+    return [_question(r, source, n) for n, r in enumerate(_records(source, split), 1)]
 
-# %% ../nbs/42_calibrate.ipynb #0019
+# %% ../nbs/42_calibrate.ipynb #0021
 def choice_logps(engine: Engine, choice: Choice) -> Tensor:   # (options,), sum of exp is 1; carries a gradient
     "Log-probability of every option."
     return name_logps(engine, choice.context, choice.names)
 
+# %% ../nbs/42_calibrate.ipynb #0022
 @torch.no_grad()
 def choice_table(
     engine: Engine, choices: Sequence[Choice],   # with the same number of options
@@ -134,7 +149,7 @@ def choice_table(
     engine.model.train(mode)
     return np.stack(out)
 
-# %% ../nbs/42_calibrate.ipynb #0021
+# %% ../nbs/42_calibrate.ipynb #0024
 def choice_rankings(
     logp: np.ndarray,            # (n, N) log-probabilities
     choices: Sequence[Choice],
@@ -143,7 +158,7 @@ def choice_rankings(
     return make_rankings(dict(case_id=c.case_id, rank=r, answer_id=c.options[j], written=c.options[j], score=l[j], prob=np.exp(l[j]))
                          for l, c in zip(logp, choices) for r, j in enumerate(np.argsort(-l, kind='stable'), 1))
 
-# %% ../nbs/42_calibrate.ipynb #0024
+# %% ../nbs/42_calibrate.ipynb #0027
 def tempered(logp: np.ndarray, temperature: float) -> np.ndarray:   # (n, N) log-probabilities
     "Log-probabilities at another temperature."
     z = logp/temperature
@@ -158,7 +173,7 @@ def fit_temperature(
     at = (np.arange(len(logp)), np.asarray(truth))
     return float(np.exp(minimize_scalar(lambda t: -tempered(logp, np.exp(t))[at].mean(), bounds=(-3, 3), method='bounded').x))
 
-# %% ../nbs/42_calibrate.ipynb #0027
+# %% ../nbs/42_calibrate.ipynb #0030
 def bin_accuracy(
     confidence: np.ndarray, correct: np.ndarray,   # (n,) of calibration cases
     bins: int = 10,
@@ -168,6 +183,7 @@ def bin_accuracy(
     n, hits = np.bincount(code, minlength=bins), np.bincount(code, np.asarray(correct, float), bins)
     return (hits + np.mean(correct))/(n + 1)
 
+# %% ../nbs/42_calibrate.ipynb #0031
 def calibration_targets(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,) from `bin_accuracy`
@@ -179,7 +195,7 @@ def calibration_targets(
     others = logp.scatter(1, best, -torch.inf).softmax(1)
     return ((1 - acc)*others).scatter(1, best, acc)
 
-# %% ../nbs/42_calibrate.ipynb #0029
+# %% ../nbs/42_calibrate.ipynb #0033
 def calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -190,6 +206,7 @@ def calibration_loss(
     if distance == 'kl': return F.kl_div(logp, target, reduction='batchmean')
     return ((logp.exp() - target)**2).sum(1).mean()
 
+# %% ../nbs/42_calibrate.ipynb #0034
 def smoothed_nll(
     logp: Tensor,            # (n, N)
     truth: Sequence[int],
@@ -198,7 +215,7 @@ def smoothed_nll(
     "Label smoothing over the options (Szegedy et al., arXiv 1512.00567)."
     return F.nll_loss(logp, torch.as_tensor(truth, device=logp.device))*(1 - smoothing) - smoothing*logp.mean(1).mean()
 
-# %% ../nbs/42_calibrate.ipynb #0032
+# %% ../nbs/42_calibrate.ipynb #0037
 def published_calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -215,7 +232,7 @@ def published_calibration_loss(
     each = (best - acc)**2 + (((p - c[:, None]*(bend + 1))*rest)**2).sum(1)
     return sum((each[code == k].mean() for k in range(bins) if (code == k).any()), torch.zeros((), dtype=p.dtype, device=p.device))
 
-# %% ../nbs/42_calibrate.ipynb #0041
+# %% ../nbs/42_calibrate.ipynb #0046
 class Treatment(NamedTuple):
     "A training run that changes confidence."
     loss: str = 'sft'              # a key of `LOSSES`
@@ -226,7 +243,7 @@ class Treatment(NamedTuple):
 TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
               'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em')}
 
-# %% ../nbs/42_calibrate.ipynb #0042
+# %% ../nbs/42_calibrate.ipynb #0047
 class CalibrationTrainer(PreferenceTrainer):
     "A trainer of the engine with a term over the options of each case."
     def __init__(self,
@@ -249,7 +266,7 @@ class CalibrationTrainer(PreferenceTrainer):
         self.accuracy = bin_accuracy(confidence, correct, self.options.bins)
         self.history.append({'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())})
 
-# %% ../nbs/42_calibrate.ipynb #0043
+# %% ../nbs/42_calibrate.ipynb #0048
 @patch
 def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     "What a treatment adds for one case."
@@ -258,6 +275,7 @@ def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     if how == 'published': return (1 - self.treatment.keep)*1e-3*published_calibration_loss(logp, self.accuracy)
     return p.weight*calibration_loss(logp, self.accuracy, p.distance)
 
+# %% ../nbs/42_calibrate.ipynb #0049
 @patch
 def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) -> tuple[Tensor, dict]:
     "A row's share of the batch's loss, with the term over options."
@@ -266,6 +284,7 @@ def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) ->
     more = torch.stack([self.term(self.choices[i.case_id]) for i in row]).sum()/total.items
     return self.treatment.keep*loss + more, seen | {'over_options': more.detach()}
 
+# %% ../nbs/42_calibrate.ipynb #0050
 @patch
 def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "An update, after an E-step where one is due."
@@ -273,7 +292,7 @@ def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=No
     if how == 'em' and step % self.every == 0 or how == 'published' and self.accuracy is None: self.e_step()
     return PreferenceTrainer.training_step(self, model, inputs, num_items_in_batch)
 
-# %% ../nbs/42_calibrate.ipynb #0044
+# %% ../nbs/42_calibrate.ipynb #0051
 def treat_student(
     student: Student,             # with an adapter, which is trained on
     treatment: str,               # one of `TREATMENTS`

@@ -6,6 +6,7 @@
 __all__ = ['NamePaths', 'name_paths', 'path_probabilities', 'name_logps', 'CandidateRanker']
 
 # %% ../nbs/34_candidates.ipynb #0003
+from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np, torch
@@ -13,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import progress
-from .decode import NameTrie
+from .decode import NameTrie, images_of
 from .engine import Engine, Item, TensorStore, lay_out
 from .students import Student
 from .tasks import Case, Catalogue, Rankings, Task, rankings_from_scores
@@ -64,9 +65,10 @@ def name_logps(
     engine: Engine,
     context: Sequence[int],   # token ids up to where the first name begins
     names: NamePaths,
+    image: Optional[str] = None,   # path of what the context shows
 ) -> Tensor:                  # (N,) log-probabilities, float32
     "Log-probability of each name as the first answer of a decoder that can write only these."
-    item = Item('', list(context), names.paths)
+    item = Item('', list(context), names.paths, image)
     row, names = lay_out([item]).to(engine.device), names.to(engine.device)
     states = engine.states([item], row)[row.source[len(context) - 1:]]      # those that predict a name's token
     weight = engine.head.weight[names.token].float()
@@ -84,14 +86,20 @@ class CandidateRanker:
         store: Optional[TensorStore] = None,   # for the frozen depth; None: in memory
         depth: Optional[int] = None,           # layers that all methods share; None: those below the first trainable one
         name: str = 'student',
+        folder: Optional[Path] = None,         # where the images of the cases are; None: their paths are complete
     ):
-        self.student, self.task, self.catalogue, self.k, self.max_prompt, self.name = student, task, catalogue, k, max_prompt, name
+        self.student, self.task, self.catalogue, self.k, self.max_prompt, self.name, self.folder = student, task, catalogue, k, max_prompt, name, folder
         self.engine, self.trie = Engine(student, store, depth=depth), NameTrie(catalogue, student.tokenizer, task, max(k, 2))
         self.names = name_paths([self.trie.inner[i] for i in catalogue.ids])
 
     def context(self, case: Case) -> list[int]:
         "Token ids up to where the first name begins."
-        return self.student.prompt_ids(self.task, case.note, self.k, self.max_prompt) + self.trie.header + self.trie.numbers[0]
+        prompt = self.student.prompt_ids(self.task, case.note, self.k, self.max_prompt, image=self.image(case))
+        return prompt + self.trie.header + self.trie.numbers[0]
+
+    def image(self, case: Case) -> Optional[str]:
+        "Path of what the task shows of a case."
+        return next(iter(images_of(self.task, [case], self.folder)), None)
 
 # %% ../nbs/34_candidates.ipynb #0022
 @patch
@@ -104,7 +112,7 @@ def scores(self: CandidateRanker,
     for n, c in enumerate(progress(cases, f'{self.name}: candidates')):
         some = [j for j, i in enumerate(self.catalogue.ids) if not c.candidates or i in c.candidates]
         names = self.names if len(some) == len(self.catalogue) else name_paths([self.names.paths[j] for j in some])
-        with torch.no_grad(): out[n, some] = name_logps(self.engine, self.context(c), names).double().cpu().numpy()
+        with torch.no_grad(): out[n, some] = name_logps(self.engine, self.context(c), names, self.image(c)).double().cpu().numpy()
     return out
 
 @patch

@@ -49,25 +49,27 @@ def unseen_cases(run: Run) -> tuple[list[Case], Catalogue]:
     fresh = [i for i in catalogue.ids if i not in known]
     return [c for c in cases if c.labels[label] in fresh][:n], Catalogue({i: catalogue.names[i] for i in fresh})
 
+# %% ../nbs/62_confidence.ipynb #0007
 def restyled(cases: Sequence[Case], seed: int = 0) -> list[Case]:
     "The same patients with long, noisy notes."
     ontology = load_ontology()
     return [add_note(replace(c, note=''), ontology, 'long', 16, .5, seed + 1) for c in cases]
 
-# %% ../nbs/62_confidence.ipynb #0009
+# %% ../nbs/62_confidence.ipynb #0010
 def parts_of_run(run: Run) -> dict[str, tuple[list[Case], Catalogue]]:
     "Cases on which confidence is read, with the options."
     catalogue, test = cohort_catalogue(run), cohort_cases(run, 'test')
     out = {s: (cohort_cases(run, s), catalogue) for s in ('calibration', 'validation')} | {'test': (test, catalogue), 'style': (restyled(test[:OUTSIDE]), catalogue)}
     return out if run.params.cohort.source else out | {'unseen': unseen_cases(run)}
 
-# %% ../nbs/62_confidence.ipynb #0013
+# %% ../nbs/62_confidence.ipynb #0014
 def ranker_of(run: Run, student: Student, catalogue: Catalogue) -> CandidateRanker:
     "A student that gives probabilities to names; all methods share the frozen depth."
     p, layers = run.params, student.model.config.num_hidden_layers
     depth = max(0, layers - p.student.lora_layers) if p.student.lora_layers else 0
     return CandidateRanker(student, get_task(p.task), catalogue, list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0], p.student.max_prompt, TensorStore(run/'align/depth'), depth)
 
+# %% ../nbs/62_confidence.ipynb #0015
 def fresh_student(run: Run, method: str, seed: int) -> Student:
     "A student with a trainable adapter: a new one, or that of a method."
     p = run.params.student
@@ -77,7 +79,7 @@ def fresh_student(run: Run, method: str, seed: int) -> Student:
         set_peft_model_state_dict(student.model, load_peft_weights(str(run/f'align/{method}-{seed}/adapter'), device=str(student.device)))
     return student
 
-# %% ../nbs/62_confidence.ipynb #0014
+# %% ../nbs/62_confidence.ipynb #0016
 def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the manifest entry
     "Stage: train a treatment and leave its adapter."
     p, name, out = run.params, f'{method}-{treatment}-{seed}', f'calibrate/{method}-{treatment}-{seed}'
@@ -98,7 +100,7 @@ def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the
         with atomic_path(run/out/'adapter') as tmp: student.model.save_pretrained(tmp)
     return run_stage(run, f'calibrate/{name}', body, 'mint_nb.confidence', ['student', 'train', 'calibrate', 'pairs'], reads, [f'{out}/adapter', f'{out}/e-steps.json'], [method, treatment, seed])
 
-# %% ../nbs/62_confidence.ipynb #0017
+# %% ../nbs/62_confidence.ipynb #0019
 def confide(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the manifest entry
     "Stage: log-probabilities of all options, for all parts and both forms."
     p, out = run.params, f'calibrate/{method}-{treatment}-{seed}.parquet'
@@ -116,13 +118,14 @@ def confide(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # t
     return run_stage(run, f'calibrate/{method}-{treatment}-{seed}/confidence', body, 'mint_nb.confidence', ['task', 'pairs', 'student', 'calibrate'],
                      ['cases/cases.parquet', *([adapter] if adapter else [])], [out], [method, treatment, seed])
 
-# %% ../nbs/62_confidence.ipynb #0018
+# %% ../nbs/62_confidence.ipynb #0020
 class Answers(NamedTuple):
     "What one model said about one part."
     logp: np.ndarray      # (n, N)
     truth: np.ndarray     # (n,)
     groups: np.ndarray    # (n,)
 
+# %% ../nbs/62_confidence.ipynb #0021
 def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = 'names') -> dict[str, Answers]:   # by part
     "Read the answers; temperature scaling is fitted on the calibration part and applied to all."
     plain = treatment == 'temperature'
@@ -132,7 +135,7 @@ def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = '
     heat = fit_temperature(parts['calibration'].logp, parts['calibration'].truth)
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
-# %% ../nbs/62_confidence.ipynb #0021
+# %% ../nbs/62_confidence.ipynb #0024
 GRID = {**{m: ('none', 'temperature', 'smoothing', 'cft', 'rcft') for m in ('base', 'sft', 'dpo', 'mint')}, 'mint_cal': ('none', 'temperature')}
 REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', 'mint_cal')}
 
@@ -148,7 +151,7 @@ def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -
             confide(run, method, t, seed)
     return f'{method}-{seed}'
 
-# %% ../nbs/62_confidence.ipynb #0023
+# %% ../nbs/62_confidence.ipynb #0026
 def stored_name(method: str, treatment: str) -> tuple[str, str]:
     "Under which method and treatment the answers of a cell lie: `mint_cal` is a treatment of the untuned model."
     return ('base', treatment if treatment == 'temperature' else 'mint_cal') if method == 'mint_cal' else (method, treatment)
@@ -160,7 +163,7 @@ def cell(run: Run, method: str, treatment: str, seed: int, form: str = 'names') 
     heat = fit_temperature(parts['calibration'].logp, parts['calibration'].truth) if treatment == 'temperature' else 1.
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
-# %% ../nbs/62_confidence.ipynb #0026
+# %% ../nbs/62_confidence.ipynb #0029
 def measured(answers: Answers, w: np.ndarray) -> dict[str, np.ndarray]:   # metric to (1 + bootstrap,)
     "All measures of one model on one part, for the sample and its resamples."
     p = normalised(answers.logp)
@@ -172,7 +175,7 @@ def over_seeds(values: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:   # e
     drawn = np.vstack([np.ones(len(v)), draw_counts(len(v), v.shape[1] - 1, seed + 1)])/len(v)
     return (drawn.T*v).sum(0)
 
-# %% ../nbs/62_confidence.ipynb #0028
+# %% ../nbs/62_confidence.ipynb #0031
 def grid_values(
     run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int],
     form: str = 'names', parts: Sequence[str] = ('test', 'style', 'unseen'),
@@ -187,6 +190,7 @@ def grid_values(
                 out |= {(m, t, part, seed, metric): v for metric, v in measured(a, w).items()}
     return out
 
+# %% ../nbs/62_confidence.ipynb #0032
 def as_rows(values: dict[tuple, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, part, seed (-1: all), metric, value, lo, hi
     "Values with 95 % intervals, for each seed and over seeds."
     rows = [(*k, *with_interval(v, k[-1])) for k, v in values.items()]
@@ -195,7 +199,7 @@ def as_rows(values: dict[tuple, np.ndarray], seeds: Sequence[int]) -> pd.DataFra
         rows += [(m, t, part, -1, metric, *with_interval(over_seeds([values[m, t, part, s, metric] for s in seeds]), metric)) for m, t, part, metric in cells]
     return pd.DataFrame(rows, columns=['method', 'treatment', 'part', 'seed', 'metric', 'value', 'lo', 'hi'])
 
-# %% ../nbs/62_confidence.ipynb #0031
+# %% ../nbs/62_confidence.ipynb #0035
 def grid_differences(
     values: dict[tuple, np.ndarray], seeds: Sequence[int], part: str = 'test',
     against: Sequence[tuple[str, str]] = (('mint', 'none'), ('mint', 'temperature')),
@@ -210,7 +214,7 @@ def grid_differences(
             rows.append((m, t, ' + '.join(a), metric, *with_interval(d, metric)))
     return pd.DataFrame(rows, columns=['method', 'treatment', 'against', 'metric', 'diff', 'lo', 'hi'])
 
-# %% ../nbs/62_confidence.ipynb #0034
+# %% ../nbs/62_confidence.ipynb #0038
 def list_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, kind, seed, metric, value, lo, hi, n, groups
     "Coverage and length of conformal lists on test cases; thresholds from calibration cases."
     level, out = run.params.calibrate.level, []
@@ -223,7 +227,7 @@ def list_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) ->
             out.append(found.assign(method=m, treatment=t, kind=kind, seed=s))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/62_confidence.ipynb #0038
+# %% ../nbs/62_confidence.ipynb #0042
 def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, bin, n, confidence, accuracy, band_lo, band_hi
     "Reliability of each cell over all seeds, and the ECE that honest confidences would show."
     out = []
@@ -233,7 +237,7 @@ def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> 
         out.append(reliability(*(np.concatenate(x) for x in zip(*found))).assign(method=m, treatment=t, band_lo=lo, band_hi=hi))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/62_confidence.ipynb #0039
+# %% ../nbs/62_confidence.ipynb #0043
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
     card = read_json(run/'cases/card.json')
@@ -250,7 +254,7 @@ def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int])
     write_table(run/'analysis/calibration_bins.parquet', bin_rows(run, grid, seeds).assign(cohort=cohort))
     return t
 
-# %% ../nbs/62_confidence.ipynb #0042
+# %% ../nbs/62_confidence.ipynb #0046
 class Watch(TrainerCallback):
     "Confidence and accuracy on some questions, every few updates."
     def __init__(self, engine: Engine, choices: Sequence[Choice], every: int):
@@ -266,7 +270,7 @@ class Watch(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps: self.look(self.before + state.global_step)
     def on_train_end(self, args, state, control, **kw): self.before += state.global_step
 
-# %% ../nbs/62_confidence.ipynb #0043
+# %% ../nbs/62_confidence.ipynb #0047
 def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the manifest entry
     "Stage: train a method as `align` does and watch its confidence on validation cases."
     p, out, variant = run.params, f'calibrate/trace-{method}-{seed}.parquet', variant_of(method)
@@ -288,7 +292,7 @@ def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the
     return run_stage(run, f'calibrate/trace-{method}-{seed}', body, 'mint_nb.confidence', ['student', 'train', 'calibrate'],
                      ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet'], [out], [method, seed, looks])
 
-# %% ../nbs/62_confidence.ipynb #0047
+# %% ../nbs/62_confidence.ipynb #0051
 VARIED = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.}}
 
 def varied(path: Path | str, name: str, seed: int) -> str:
@@ -300,12 +304,13 @@ def watched(path: Path | str, method: str, seed: int) -> str:
     "`trace` as a job of a worker process."
     return trace(Run(Path(path), open_params(path)), method, seed)['stage']
 
-# %% ../nbs/62_confidence.ipynb #0049
+# %% ../nbs/62_confidence.ipynb #0053
 def spread(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     "How confidences are distributed, and what they are worth."
     low, mid, high = np.quantile(confidence, [.1, .5, .9])
     return dict(accuracy=float(np.mean(correct)), confidence=float(np.mean(confidence)), low=low, median=mid, high=high, ece=calibration_error(confidence, correct)[0], n=len(confidence))
 
+# %% ../nbs/62_confidence.ipynb #0054
 def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'mint')) -> pd.DataFrame:   # kind, method, what, accuracy, confidence, low, median, high, ece, n
     "Confidence over training steps (validation cases) and over beta and epochs (test cases)."
     traces = {m: read_table(run/f'calibrate/trace-{m}-{seed}.parquet') for m in methods}
@@ -316,7 +321,7 @@ def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'm
         rows.append(dict(kind='parameter', method='mint', what=name) | spread(*top(normalised(a.logp), a.truth)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/62_confidence.ipynb #0053
+# %% ../nbs/62_confidence.ipynb #0058
 def run_jobs(
     jobs: Sequence[tuple],   # function and arguments
     workers: int,            # processes, with a thread each; 0: one after the other, here
@@ -332,7 +337,7 @@ def run_jobs(
             for f in progress(as_completed(waiting), desc, total=len(waiting)): f.result()
         except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
 
-# %% ../nbs/62_confidence.ipynb #0055
+# %% ../nbs/62_confidence.ipynb #0060
 def calibrate_run(
     run: Run,
     grid: Optional[dict[str, Sequence[str]]] = None,   # method to treatments
@@ -352,13 +357,14 @@ def calibrate_run(
         if problem and not i: write_table(run/'analysis/calibration_problem.parquet', problem_rows(run, seed))
     return table
 
-# %% ../nbs/62_confidence.ipynb #0058
+# %% ../nbs/62_confidence.ipynb #0063
 def divided(n: int, seed: int) -> tuple[list[int], list[int], list[int]]:   # of calibration, test and training
     "A quarter for calibration, a quarter for the test, the rest for training."
     order, part = np.random.default_rng(seed).permutation(n).tolist(), n//4
     if part < 2: raise InputError(f'{n} questions are too few; 8 are the least', field='questions')
     return order[:part], order[part:2*part], order[2*part:]
 
+# %% ../nbs/62_confidence.ipynb #0064
 def calibrate_questions(
     source: Path | str,            # see `read_questions`
     student: str,                  # a preference-tuned model: folder, hub id, 'smollm2' or 'tiny'

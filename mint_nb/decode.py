@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['clean_name', 'parse_answer', 'shared_prefix', 'extend', 'encode_prompts', 'drop_rows', 'grouped_attention', 'grouped',
-           'continue_batch', 'decode_batch', 'generate', 'NameTrie', 'ListState', 'hold', 'score_names', 'path_logps',
-           'rankings_from_texts', 'StudentRanker', 'tries_of']
+           'continue_batch', 'decode_batch', 'generate', 'NameTree', 'name_tree', 'NameTrie', 'ListState', 'logits_of',
+           'best_allowed', 'hold', 'Held', 'own_decode', 'score_names', 'path_logps', 'Beam', 'next_beams',
+           'beam_names', 'rankings_from_texts', 'StudentRanker', 'images_of', 'tries_of']
 
 # %% ../nbs/33_decode.ipynb #0003
 import copy, json, re
+from pathlib import Path
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .core import InputError, progress
-from .students import Student
+from .students import OwnEyes, Student
 from .tasks import Case, Catalogue, Rankings, Task, make_rankings, normalise
 
 # %% ../nbs/33_decode.ipynb #0006
@@ -79,12 +81,14 @@ def extend(
     cache: DynamicCache,               # what has been encoded; grows in place
     mask: torch.Tensor,                # (B, L) 1 for the cache's real tokens, L may be 0
     pieces: Sequence[Sequence[int]],   # token ids that follow in each row, of any length
+    images: Sequence[str] = (),        # an image for each row, if the pieces have places for it
 ) -> tuple[torch.Tensor, torch.Tensor]:   # logits (B, V) of the next token, mask (B, L + longest piece)
     "Run the model over what follows a cache, left-padded; positions count real tokens only."
     width, dev = max(map(len, pieces)), student.device
     ids = torch.tensor([[student.pad_id]*(width - len(p)) + list(p) for p in pieces], device=dev)
     mask = torch.cat([mask, torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in pieces], device=dev)], 1)
-    out = student.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -width:].clamp(min=0),
+    first = dict(inputs_embeds=student.embeds(ids, images)) if images else dict(input_ids=ids)
+    out = student.model(**first, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -width:].clamp(min=0),
                         past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], mask
 
@@ -92,13 +96,15 @@ def extend(
 def encode_prompts(
     student: Student,
     prompts: Sequence[Sequence[int]],   # token ids of B prompts
+    images: Sequence[str] = (),         # an image for each, if they show one
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:   # logits (B, V) of the next token, cache, mask (B, L)
     "Run the model over prompts: what all share once, the rest left-padded."
     n, cache = shared_prefix(prompts), DynamicCache(config=student.model.config)
+    if images: n = min(n, *(list(p).index(student.place_id) for p in prompts))      # the places are alike, what stands in them is not
     if n:
         student.model(input_ids=torch.tensor([list(prompts[0][:n])], device=student.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
-    logits, mask = extend(student, cache, torch.ones(len(prompts), n, dtype=torch.long, device=student.device), [p[n:] for p in prompts])
+    logits, mask = extend(student, cache, torch.ones(len(prompts), n, dtype=torch.long, device=student.device), [p[n:] for p in prompts], images)
     return logits, cache, mask
 
 # %% ../nbs/33_decode.ipynb #0022
@@ -147,7 +153,7 @@ def continue_batch(
     out, rows, ended = [[] for _ in mask], list(range(len(mask))), set()
     with grouped(student):
         for step in range(max_new_tokens):
-            token = (hold(logits, [states[i] for i in rows]) if states else logits).argmax(-1)
+            token = best_allowed(logits, [states[i] for i in rows]) if states else logits.argmax(-1)
             for i, t in zip(rows, token.tolist()):
                 if states: states[i].push(t)
                 if t == student.eos_id: ended.add(i)
@@ -165,9 +171,11 @@ def decode_batch(
     student: Student,
     prompts: Sequence[Sequence[int]],   # token ids
     max_new_tokens: int, states: Optional[list] = None,   # as in `continue_batch`
+    images: Sequence[str] = (),         # an image for each prompt, if they show one
 ) -> list[list[int]]:                   # new token ids, without the end token
     "Greedy decoding of one batch of prompts."
-    with torch.no_grad(): return continue_batch(student, *encode_prompts(student, prompts), max_new_tokens, states)[0]
+    if images and isinstance(student.vision, OwnEyes): return [own_decode(student, *x, max_new_tokens) for x in zip(prompts, images, states or [None]*len(prompts))]
+    with torch.no_grad(): return continue_batch(student, *encode_prompts(student, prompts, images), max_new_tokens, states)[0]
 
 # %% ../nbs/33_decode.ipynb #0035
 def generate(
@@ -178,6 +186,7 @@ def generate(
     trie: Any = None,                  # a `NameTrie`, or one for each prompt: hold answers to its names
     on_batch: Optional[Callable[[list[int], list[str]], None]] = None,  # called with positions and texts
     desc: str = 'decoding',
+    images: Sequence[str] = (),        # an image for each prompt, if they show one
 ) -> list[str]:                        # texts, in the order of the prompts
     "Greedy answers of many prompts."
     order, texts = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)), [''] * len(prompts)
@@ -187,13 +196,34 @@ def generate(
             part = order[start:start + batch_size]
             states = [tries[i].start() for i in part] if trie is not None else None
             limit = max(tries[i].longest for i in part) if states else max_new_tokens
-            new = decode_batch(student, [prompts[i] for i in part], limit, states)
+            new = decode_batch(student, [prompts[i] for i in part], limit, states, [images[i] for i in part] if images else ())
             for i, ids in zip(part, new): texts[i] = student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if on_batch: on_batch(part, [texts[i] for i in part])
             bar.update(len(part))
     return texts
 
 # %% ../nbs/33_decode.ipynb #0039
+class NameTree(NamedTuple):
+    "Token paths as a tree; node 0 is the beginning of all."
+    children: list[dict[int, int]]   # of a node: token to node
+    allowed: list[np.ndarray]        # of a node: tokens that may follow, ascending
+    count: list[int]                 # of a node: names below
+    names: dict[int, list[str]]      # of a last node: ids of the names that end there
+
+def name_tree(
+    paths: dict[str, Sequence[int]],   # id to token ids; no path may be the beginning of another
+) -> NameTree:
+    "The tree of some names."
+    children, count, names = [{}], [len(paths)], {}
+    for i, path in paths.items():
+        node = 0
+        for t in path:
+            if t not in children[node]: children[node][t] = len(children); children.append({}); count.append(0)
+            node = children[node][t]; count[node] += 1
+        names.setdefault(node, []).append(i)
+    return NameTree(children, [np.array(sorted(c), dtype=np.int64) for c in children], count, names)
+
+# %% ../nbs/33_decode.ipynb #0042
 class NameTrie:
     "All answers of `k` different names of a catalogue, walked token by token."
     def __init__(self,
@@ -221,39 +251,92 @@ class NameTrie:
     def start(self) -> 'ListState': return ListState(self)
 
 # %% ../nbs/33_decode.ipynb #0043
+@patch(as_prop=True)
+def trees(self: NameTrie) -> tuple[NameTree, NameTree]:
+    "The names as trees, made on first use: for a line with another behind it, and for the last line."
+    if not hasattr(self, '_trees'): self._trees = name_tree(self.inner), name_tree(self.final)
+    return self._trees
+
+# %% ../nbs/33_decode.ipynb #0047
 class ListState:
-    "How far one constrained answer has come: tokens still forced, names still open, names used."
+    "How far one constrained answer has come: tokens still forced, the node inside a name, names used."
     def __init__(self, trie: NameTrie):
         self.trie, self.used, self.queue, self.line = trie, [], trie.header + trie.numbers[0], 0
         self._open()
 
     def _open(self):
-        paths = self.trie.final if self.line == self.trie.k - 1 else self.trie.inner
-        self.names, self.depth = [(i, p) for i, p in paths.items() if i not in self.used], 0
+        last, self.node, self.path = self.line == self.trie.k - 1, 0, []
+        self.tree = self.trie.trees[last]
+        if last or not self.line:                 # another tree: what is used is shut anew
+            self.gone, self.shut = {}, {}
+            for i in self.used: self._close(self.trie.final[i])
 
-    def allowed(self) -> list[int]:
-        "Tokens that may come next."
-        return self.queue[:1] or sorted({p[self.depth] for _, p in self.names})
+    def _close(self, path: Sequence[int]):
+        node = 0
+        for t in path:
+            above, node = node, self.tree.children[node][t]
+            self.gone[node] = self.gone.get(node, 0) + 1
+            if self.gone[node] == self.tree.count[node]: self.shut.setdefault(above, []).append(t)
 
-    def push(self, token: int):
-        "Take the token that was chosen."
-        if self.queue: self.queue = self.queue[1:] or ([self.trie.eos] if self.line == self.trie.k else []); return
-        self.names, self.depth = [(i, p) for i, p in self.names if p[self.depth] == token], self.depth + 1
-        if len(self.names[0][1]) > self.depth: return
-        self.used.append(self.names[0][0]); self.line += 1
-        self.queue = self.trie.numbers[self.line] if self.line < self.trie.k else [self.trie.eos]
-        if self.line < self.trie.k: self._open()
+    def open(self) -> np.ndarray:
+        "Tokens that may come next, ascending."
+        if self.queue: return np.array(self.queue[:1])
+        all_, shut = self.tree.allowed[self.node], self.shut.get(self.node)
+        return all_[~np.isin(all_, shut)] if shut else all_
 
-# %% ../nbs/33_decode.ipynb #0046
+    def allowed(self) -> list[int]: return self.open().tolist()
+
+# %% ../nbs/33_decode.ipynb #0048
+@patch
+def push(self: ListState, token: int) -> None:
+    "Take the token that was chosen."
+    if self.queue: self.queue = self.queue[1:] or ([self.trie.eos] if self.line == self.trie.k else []); return
+    self.node = self.tree.children[self.node][token]; self.path.append(token)
+    if self.node not in self.tree.names: return
+    self._close(self.path)
+    self.used.append(self.tree.names[self.node][self.gone[self.node] - 1]); self.line += 1
+    self.queue = self.trie.numbers[self.line] if self.line < self.trie.k else [self.trie.eos]
+    if self.line < self.trie.k: self._open()
+
+# %% ../nbs/33_decode.ipynb #0054
+def logits_of(logits: torch.Tensor, some: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:   # (B, V), token ids of each row; (B, W) twice
+    "The logits of some tokens of each row, and which tokens they are; -1 and minus infinity fill up."
+    ids = np.full((len(some), max(map(len, some))), -1)
+    for r, a in enumerate(some): ids[r, :len(a)] = a
+    ids = torch.from_numpy(ids).to(logits.device)
+    return logits.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf), ids
+
+def best_allowed(logits: torch.Tensor, states: Sequence[ListState]) -> torch.Tensor:   # (B, V); (B,) token ids
+    "The likeliest token of each row among those that its state allows."
+    values, ids = logits_of(logits, [s.open() for s in states])
+    return ids.gather(1, values.argmax(1, keepdim=True))[:, 0]
+
 def hold(logits: torch.Tensor, states: Sequence[ListState]) -> torch.Tensor:
     "Minus infinity for every token that a row's state does not allow."
     out = torch.full_like(logits, -torch.inf)
     for r, s in enumerate(states):
-        ok = torch.tensor(s.allowed(), device=logits.device)
+        ok = torch.from_numpy(s.open()).to(logits.device)
         out[r, ok] = logits[r, ok]
     return out
 
-# %% ../nbs/33_decode.ipynb #0053
+# %% ../nbs/33_decode.ipynb #0057
+class Held(LogitsProcessor):
+    "Holds the `generate` of a model to what a `ListState` allows."
+    def __init__(self, state: ListState, start: int): self.state, self.at = state, start
+    def __call__(self, ids, scores):
+        for t in ids[0, self.at:].tolist(): self.state.push(t)
+        self.at = ids.shape[1]
+        return hold(scores, [self.state])
+
+@torch.no_grad()
+def own_decode(student: Student, prompt: Sequence[int], image: str, state: Optional[ListState], max_new_tokens: int) -> list[int]:
+    "Greedy decoding of one prompt by the model's own `generate`."
+    held = LogitsProcessorList([Held(state, len(prompt))] if state else [])
+    out = student.model.generate(**student.row_inputs(prompt, (), image), max_new_tokens=max_new_tokens, do_sample=False, logits_processor=held,
+                                 eos_token_id=student.eos_id, pad_token_id=student.pad_id)[0, len(prompt):].tolist()
+    return out[:out.index(student.eos_id)] if student.eos_id in out else out
+
+# %% ../nbs/33_decode.ipynb #0064
 @torch.no_grad()
 def score_names(
     student: Student,
@@ -261,20 +344,21 @@ def score_names(
     names: Sequence[str],        # candidates, as the catalogue writes them
     task: Task,                  # answer format
     batch_size: int = 32,
+    image: Optional[str] = None, # of the case, if the prompt shows one
 ) -> np.ndarray:                 # log-probability of each name as first answer
     "Exact log-probabilities of candidate names, with the prompt encoded once."
     ids = lambda t: list(student.tokenizer(t, add_special_tokens=False)['input_ids'])
     context, n = list(prompt_ids) + ids(task.header + '\n') + ids('1.'), len(ids('1.'))
     paths, out = [ids(f"1. '{name}'")[n:] for name in names], np.zeros(len(names))
     encoded = DynamicCache(config=student.model.config)
-    student.model(input_ids=torch.tensor([context[:-1]], device=student.device), past_key_values=encoded, use_cache=True, logits_to_keep=1)
+    student.model(**student.row_inputs(context[:-1], (), image), past_key_values=encoded, use_cache=True, logits_to_keep=1)
     order = sorted(range(len(names)), key=lambda i: len(paths[i]))
     for start in range(0, len(order), batch_size):
         part = order[start:start + batch_size]
         out[part] = path_logps(student, copy.deepcopy(encoded), context[-1], [paths[i] for i in part])
     return out
 
-# %% ../nbs/33_decode.ipynb #0054
+# %% ../nbs/33_decode.ipynb #0065
 def path_logps(student: Student, cache: DynamicCache, last: int, paths: Sequence[Sequence[int]]) -> np.ndarray:
     "Summed log-probabilities of token paths that follow the cache and the token `last`; uses the cache up."
     width = max(map(len, paths))
@@ -284,7 +368,48 @@ def path_logps(student: Student, cache: DynamicCache, last: int, paths: Sequence
     own = torch.tensor([[1.]*len(p) + [0.]*(width - len(p)) for p in paths], device=student.device)
     return (logp.gather(2, ids[:, 1:, None])[..., 0]*own).sum(1).double().cpu().numpy()
 
-# %% ../nbs/33_decode.ipynb #0058
+# %% ../nbs/33_decode.ipynb #0069
+class Beam(NamedTuple):
+    "The beginning of a name, or a whole one."
+    prompt: int      # which
+    node: int        # where in the tree
+    score: float     # log-probability so far
+    row: int = -1    # of the batch it came from; -1: finished
+    token: int = -1  # its last one
+
+def next_beams(rows: Sequence[Beam], logits: torch.Tensor, tree: NameTree, finished: list[list[Beam]], width: int) -> list[Beam]:
+    "The best continuations of each prompt's beams; whole names go to `finished`, of which only the best stay."
+    values, ids = logits_of(logits.float().log_softmax(1), [tree.allowed[b.node] for b in rows])
+    values = values + torch.tensor([b.score for b in rows], device=logits.device)[:, None]
+    top, at = values.topk(min(width, values.shape[1]), 1)
+    pools: list[list[Beam]] = [list(f) for f in finished]
+    for r, (b, scores, tokens) in enumerate(zip(rows, top.tolist(), ids.gather(1, at).tolist())):
+        pools[b.prompt] += [Beam(b.prompt, tree.children[b.node][t], s, r, t) for s, t in zip(scores, tokens) if t >= 0]
+    best = [sorted(p, key=lambda b: -b.score)[:width] for p in pools]
+    finished[:] = [[b._replace(row=-1) for b in p if b.node in tree.names] for p in best]
+    return [b for p in best for b in p if b.node not in tree.names]
+
+# %% ../nbs/33_decode.ipynb #0070
+@torch.no_grad()
+def beam_names(
+    student: Student,
+    prompts: Sequence[Sequence[int]],   # token ids
+    trie: NameTrie,
+    width: int = 8,                     # beams of a prompt, and names found
+    images: Sequence[str] = (),         # an image for each prompt, if they show one
+) -> list[list[tuple[str, float]]]:     # for each prompt ids and log-probabilities as first answer, likeliest first
+    "The likeliest names of a catalogue as the first answer of each prompt."
+    tree, finished, rows = trie.trees[1], [[] for _ in prompts], [Beam(n, 0, 0.) for n in range(len(prompts))]
+    logits, cache, mask = encode_prompts(student, [[*p, *trie.header, *trie.numbers[0]] for p in prompts], images)
+    with grouped(student):
+        while rows := next_beams(rows, logits, tree, finished, width):
+            if [b.row for b in rows] != list(range(len(mask))): mask, = drop_rows([b.row for b in rows], cache, mask)
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = student.model(input_ids=torch.tensor([[b.token] for b in rows], device=mask.device), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                                   past_key_values=cache, use_cache=True).logits[:, -1]
+    return [[(tree.names[b.node][0], b.score) for b in f] for f in finished]
+
+# %% ../nbs/33_decode.ipynb #0074
 def rankings_from_texts(
     texts: dict[str, str],   # case id to what the student wrote
     task: Task,              # answer format
@@ -301,7 +426,7 @@ def rankings_from_texts(
         rows += [dict(case_id=case_id, rank=r, answer_id=i, written=n, score=1/r) for r, (i, n) in enumerate(list(listed.values())[:top], 1)]
     return make_rankings(rows)
 
-# %% ../nbs/33_decode.ipynb #0061
+# %% ../nbs/33_decode.ipynb #0077
 @dataclass
 class StudentRanker:
     "A language model that answers with a list of names."
@@ -316,8 +441,22 @@ class StudentRanker:
     name: str = 'student'
     texts: dict = field(default_factory=dict)          # case id to written text
     on_text: Optional[Callable[[dict], None]] = None   # called with each batch of new texts
+    folder: Optional[Path] = None # where the images of the cases are; None: their paths are complete
+    paper: bool = False           # the long published instruction
 
-# %% ../nbs/33_decode.ipynb #0063
+# %% ../nbs/33_decode.ipynb #0079
+def images_of(
+    task: Task,
+    cases: Sequence[Case],
+    folder: Optional[Path] = None,   # where the images are; None: their paths are complete
+) -> list[str]:                      # a path for each case; empty if the task shows none
+    "The images that a task shows its student."
+    if task.view != 'image': return []
+    lost = next((c.id for c in cases if not c.image), None)
+    if lost is not None: raise InputError('has no image, and the student sees nothing else', record=lost, field='image')
+    return [str(Path(folder or '')/c.image) for c in cases]
+
+# %% ../nbs/33_decode.ipynb #0084
 def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[NameTrie]]:
     "For a constrained student the names allowed for each case, else None."
     if not ranker.constrained: return None
@@ -327,15 +466,17 @@ def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[Name
         tries[key] = NameTrie(some, ranker.student.tokenizer, ranker.task, ranker.k)
     return [tries[c.candidates] for c in cases]
 
-# %% ../nbs/33_decode.ipynb #0064
+# %% ../nbs/33_decode.ipynb #0085
 @patch
 def rank(self: StudentRanker, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
     "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
     todo = [c for c in cases if c.id not in self.texts]
-    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt) for c in todo]
+    images = images_of(self.task, todo, self.folder)
+    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, i, list(self.catalogue.names.values()))
+               for c, i in zip(todo, images or [None]*len(todo))]
     def keep(positions, texts):
         new = {todo[i].id: t for i, t in zip(positions, texts)}
         self.texts.update(new)
         if self.on_text: self.on_text(new)
-    generate(self.student, prompts, self.max_new_tokens, self.batch_size, tries_of(self, todo), keep, f'{self.name}: answers')
+    generate(self.student, prompts, self.max_new_tokens, self.batch_size, tries_of(self, todo), keep, f'{self.name}: answers', images)
     return rankings_from_texts({c.id: self.texts[c.id] for c in cases}, self.task, self.catalogue, top)

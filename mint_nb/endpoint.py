@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_when_event_set, wait_exponential_jitter
 
 from .core import EndpointParams, InputError, digest, progress, read_json, write_json
+from .privacy import quotes
 
 # %% ../nbs/38_endpoint.ipynb #0006
 def endpoint_address(
@@ -145,6 +146,11 @@ def retry_after(
     except (TypeError, ValueError): return 0.
 
 # %% ../nbs/38_endpoint.ipynb #0039
+def _sent(response: httpx.Response) -> str:
+    "The text of the request that was answered; '' for a reply made by hand."
+    try: return response.request.content.decode(errors='replace').replace('\\n', ' ')
+    except RuntimeError: return ''
+
 def server_said(
     response: httpx.Response,
     key: str = '',              # never shown
@@ -154,6 +160,7 @@ def server_said(
     except ValueError: obj = re.sub(r'<[^>]*>', ' ', response.text)
     while isinstance(obj, dict): obj = next((obj[k] for k in ('error', 'message', 'detail') if obj.get(k)), str(obj))
     text = ' '.join(str(obj).split()) or response.reason_phrase
+    if quotes(text, _sent(response)): text = f'{response.reason_phrase} (the message repeats the request and is left out)'    # errors end up in logs
     return (text.replace(key, '***') if key else text)[:300]
 
 # %% ../nbs/38_endpoint.ipynb #0042
@@ -170,10 +177,13 @@ def read_reply(
     obj: Any,    # parsed JSON of a reply with status 200
 ) -> dict:       # text, prompt and new (tokens), finish ('stop', 'length', ...), model (as the server calls it)
     "What counts of a chat completion."
-    try: choice, used = obj['choices'][0], obj.get('usage') or {}
-    except (TypeError, KeyError, IndexError) as e: raise TryAgain('an answer that is no chat completion') from e
-    return {'text': (choice.get('message') or {}).get('content') or '', 'prompt': used.get('prompt_tokens') or 0, 'new': used.get('completion_tokens') or 0,
-            'finish': choice.get('finish_reason') or '', 'model': obj.get('model') or ''}
+    try: choice, used, said = obj['choices'][0], obj.get('usage') or {}, (obj['choices'][0].get('message') or {}).get('content') or ''
+    except (TypeError, KeyError, IndexError, AttributeError) as e: raise TryAgain('an answer that is no chat completion') from e
+    if not isinstance(said, str): raise TryAgain('an answer that is no text')
+    tokens = lambda k: n if isinstance(used, dict) and type(n := used.get(k)) is int and n > 0 else 0
+    word = lambda v: v if isinstance(v, str) else ''
+    return {'text': said.encode('utf-8', 'replace').decode(), 'prompt': tokens('prompt_tokens'), 'new': tokens('completion_tokens'),
+            'finish': word(choice.get('finish_reason')), 'model': word(obj.get('model'))}
 
 # %% ../nbs/38_endpoint.ipynb #0048
 class EndpointClient:

@@ -25,6 +25,7 @@ def results_home() -> Path:
     "Where the results stand in a checkout."
     return nbs_folder().parent/'benchmarks/calibration'
 
+# %% ../nbs/66_honest.ipynb #0007
 def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]:
     "Copy the tables of a run, with what they come from."
     written, p = [], run.params
@@ -39,7 +40,7 @@ def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]
         written.append(file)
     return written
 
-# %% ../nbs/66_honest.ipynb #0007
+# %% ../nbs/66_honest.ipynb #0008
 class Found(NamedTuple):
     "The results of one cohort."
     head: list[str]; table: pd.DataFrame; differences: pd.DataFrame; bins: pd.DataFrame; problem: Optional[pd.DataFrame]   # None: not run
@@ -52,7 +53,7 @@ def read_results(name: str, folder: Optional[Path] = None) -> Found:
     head = [l.removeprefix('# ') for l in files[0].read_text().splitlines() if l.startswith('#')]
     return Found(head, *(pd.read_csv(f, comment='#') if f.exists() else None for f in files))
 
-# %% ../nbs/66_honest.ipynb #0013
+# %% ../nbs/66_honest.ipynb #0014
 TREATED = {'none': 'none', 'temperature': 'temperature', 'smoothing': 'label smoothing', 'cft': 'CFT', 'rcft': 'RCFT'}
 SHOWN = {'accuracy': 'top 1, %', 'confidence': 'confidence, %', 'ece': 'ECE, %', 'ece_debiased': 'debiased ECE, %', 'auroc': 'AUROC, %'}
 
@@ -60,11 +61,13 @@ def called(method: str) -> str:
     "A method's name in tables."
     return 'MINT with calibration loss' if method == 'mint_cal' else look(method).label
 
+# %% ../nbs/66_honest.ipynb #0015
 def pooled(t: pd.DataFrame, form: str = 'names', part: str = 'test') -> pd.DataFrame:
     "Rows over all seeds of one form and part."
     t = t[(t.form == form) & (t.part == part)]
     return t[t.seed == -1] if (t.seed == -1).any() else t
 
+# %% ../nbs/66_honest.ipynb #0016
 def calibration_markdown(t: pd.DataFrame, form: str = 'names', part: str = 'test') -> str:
     "Every cell of the grid with its intervals, as Markdown."
     t = pooled(t, form, part).set_index(['method', 'treatment', 'metric'])
@@ -73,7 +76,7 @@ def calibration_markdown(t: pd.DataFrame, form: str = 'names', part: str = 'test
     rows = [f"| {called(m)} | {TREATED[r]} | {' | '.join(text(m, r, k) for k in SHOWN)} |" for m, r in cells if r in TREATED and (m, r, 'ece') in t.index]
     return '\n'.join([f"| method | treatment | {' | '.join(SHOWN.values())} |", '|---|---|' + '---:|'*len(SHOWN), *rows])
 
-# %% ../nbs/66_honest.ipynb #0015
+# %% ../nbs/66_honest.ipynb #0018
 @drawn
 def reliability_figure(
     found: Found,
@@ -93,7 +96,7 @@ def reliability_figure(
     axes[0][0].set(ylabel='accuracy'); axes[1][0].set(ylabel='cases')
     return fig
 
-# %% ../nbs/66_honest.ipynb #0017
+# %% ../nbs/66_honest.ipynb #0020
 @drawn
 def regime_figure(
     found: Found, options: int,   # answers to choose from
@@ -112,7 +115,7 @@ def regime_figure(
     ax.set(xlabel='accuracy', ylabel='ECE', xlim=(0, 1), ylim=(0, 1)); fig.legend(loc='outside right center', fontsize=7)
     return fig
 
-# %% ../nbs/66_honest.ipynb #0020
+# %% ../nbs/66_honest.ipynb #0023
 @drawn
 def problem_figure(
     t: pd.DataFrame,   # from `problem_rows`
@@ -133,7 +136,7 @@ def problem_figure(
     axes[0].legend(loc='upper left', fontsize=8)
     return fig
 
-# %% ../nbs/66_honest.ipynb #0023
+# %% ../nbs/66_honest.ipynb #0026
 def ratios(found: Found, method: str = 'mint') -> pd.DataFrame:   # treatment, ece, ratio to untreated
     "Calibration error of each treatment as a share of the untreated model's."
     t = pooled(found.table)

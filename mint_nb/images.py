@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from .core import InputError
+from .core import InputError, printable
 
 # %% ../nbs/05_images.ipynb #0006
 LANDMARKS = tuple('''
@@ -516,11 +516,10 @@ def load_image(
     try:
         if Path(path).suffix == '.npy':
             v = np.load(path, allow_pickle=False)
-            if v.ndim != 1 or v.dtype.kind not in 'fiu' or not np.isfinite(v).all():
-                raise InputError(f'an embedding is one vector of finite numbers, not {v.dtype} of shape {v.shape}', file=path)
+            if not isinstance(v, np.ndarray) or v.ndim != 1 or not len(v) or v.dtype.kind not in 'fiu' or not np.isfinite(v.astype('float32')).all():
+                raise InputError(f"an embedding is one vector of finite numbers, not {getattr(v, 'dtype', 'an archive')} of shape {getattr(v, 'shape', '()')}", file=path)
             return v.astype('float32')
         with Image.open(path) as im: im = _to_rgb(ImageOps.exif_transpose(im))
     except InputError: raise
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise InputError(f'is not a readable picture: {e}', file=path) from e
+    except Exception as e: raise InputError(f'is not a readable picture: {printable(e)}', file=path) from e    # damage makes decoders raise anything
     return np.asarray(ImageOps.fit(im, (size, size), Image.LANCZOS), 'float32').transpose(2, 0, 1)/255

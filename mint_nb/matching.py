@@ -96,9 +96,11 @@ class GeneCatalogue(Catalogue):
 # %% ../nbs/11_matching.ipynb #0026
 def _descriptors(obj: Any) -> Iterator[tuple[str, str]]:
     "Symbol and id of every gene descriptor inside a phenopacket."
-    if isinstance(obj, dict):
-        if isinstance(obj.get('symbol'), str) and str(obj.get('valueId', '')).startswith('HGNC:'): yield obj['symbol'], obj['valueId']
-    for x in obj.values() if isinstance(obj, dict) else obj if isinstance(obj, list) else (): yield from _descriptors(x)
+    todo = [obj]                 # a stack: a file may be nested deeper than Python recurses
+    while todo:
+        at = todo.pop()
+        if isinstance(at, dict) and isinstance(at.get('symbol'), str) and str(at.get('valueId', '')).startswith('HGNC:'): yield at['symbol'], at['valueId']
+        todo += reversed(list(at.values()) if isinstance(at, dict) else at if isinstance(at, list) else [])
 
 # %% ../nbs/11_matching.ipynb #0028
 def gene_names(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['hpo', 'extractor', 'METHODS', 'StoredRanker', 'Method', 'with_findings', 'teacher_method', 'knowledge_method',
-           'linear_method', 'student_method', 'retrieval_method', 'talk_of', 'reason_method', 'get_method',
-           'build_ranker']
+           'linear_method', 'student_method', 'texture_method', 'retrieval_method', 'talk_of', 'reason_method',
+           'get_method', 'build_ranker', 'wrong_images']
 
 # %% ../nbs/48_methods.ipynb #0003
 import functools
@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Callable, NamedTuple, Optional, Sequence
 
-from .align import SCHEDULES, align, load_aligned
+import numpy as np
+
+from .align import SCHEDULES, align, load_aligned, needs_warm_up, warm_up
 from .cohort import cohort_cases, cohort_catalogue
 from .core import InputError, Run
 from .decode import StudentRanker
+from .dual import TextureRanker
 from .deliver import run_answers
 from .dialogue import Dialogues, StudentDialogues
 from .endpoint import EndpointDialogues
@@ -78,15 +81,24 @@ def linear_method(view: str) -> Method:
     return Method(build, lambda run, seed: [], findings=True)
 
 def student_method(method: str) -> Method:
-    "The language model, as it is (`base`) or trained by a method of 39_align."
-    def needs(run, seed): return [] if method == 'base' else align(run, method, seed) and [f'align/{method}-{seed}/adapter']
+    "The language model, as it is (`base`; with eyes, if the task shows an image) or trained by a method of 39_align."
+    def needs(run, seed):
+        if method == 'base': return needs_warm_up(run, seed) and warm_up(run, seed) and needs_warm_up(run, seed)
+        return align(run, method, seed) and [f'align/{method}-{seed}/adapter', *needs_warm_up(run, seed)]
     def build(run, seed):
-        p, catalogue = run.params, run_answers(run, hpo())
+        p, catalogue = run.params, run_answers(run, hpo() if get_task(run.params.task).label == 'gene' else None)
         return StudentRanker(load_aligned(run, method, seed), get_task(p.task), catalogue, list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0],
-                             p.student.max_prompt, p.predict.max_new_tokens, p.predict.batch, name=method)
+                             p.student.max_prompt, p.predict.max_new_tokens, p.predict.batch, name=method, folder=run/'cases')
     return Method(build, needs, ('pairs', 'student', 'predict'), True)
 
 # %% ../nbs/48_methods.ipynb #0015
+def texture_method() -> Method:
+    "Logistic regression on colour and texture of the training tiles that carry a label."
+    def build(run, seed):
+        return TextureRanker.fit(cohort_cases(run, 'train'), cohort_catalogue(run), run/'cases', get_task(run.params.task).label, run.params.cohort.image_size, seed)
+    return Method(build, lambda run, seed: ['cases/images'], ('cohort',))
+
+# %% ../nbs/48_methods.ipynb #0017
 def retrieval_method(**changes) -> Method:
     "Search over disease documents; `changes` replace values of the `retrieve` parameters."
     def build(run, seed): return RetrievalRanker(Retriever(hpo(), cohort_catalogue(run), run.params.retrieve.model_copy(update=changes)))
@@ -98,7 +110,7 @@ def talk_of(run: Run, model: str, seed: int) -> Callable[[], Dialogues]:
     student = load_aligned(run, model, seed)
     return lambda: StudentDialogues(student)
 
-# %% ../nbs/48_methods.ipynb #0016
+# %% ../nbs/48_methods.ipynb #0018
 def reason_method(
     model: str,      # 'base', 'api' or a method of 39_align
     protocol: str,   # a key of `PROTOCOLS`; '': the plain question
@@ -113,7 +125,7 @@ def reason_method(
                             retriever, p.reason, name=f'{model} {protocol}', ontology=hpo(), answer_tokens=p.reason.answer_tokens)
     return Method(build, needs, ('pairs', 'endpoint' if model == 'api' else 'student', 'retrieve', 'reason'), True)
 
-# %% ../nbs/48_methods.ipynb #0018
+# %% ../nbs/48_methods.ipynb #0020
 METHODS = MappingProxyType({
     'chance': Method(lambda run, seed: ChanceRanker(cohort_catalogue(run), seed), lambda run, seed: []),
     'teacher': teacher_method(), 'teacher_note': teacher_method('note'), 'teacher_portrait': teacher_method('portrait'),
@@ -121,14 +133,16 @@ METHODS = MappingProxyType({
     'naive_bayes_clean': knowledge_method(NaiveBayesRanker, leak_control=True), 'naive_bayes_strict': knowledge_method(NaiveBayesRanker, leak_control='strict'),
     'resnik': knowledge_method(ResnikRanker), 'resnik_both': knowledge_method(ResnikRanker, view='all'),
     'retrieval': retrieval_method(), 'retrieval_clean': retrieval_method(leak_control=True), 'bm25': retrieval_method(kind='bm25'), 'dense': retrieval_method(kind='dense'),
-    'linear': linear_method('note'), 'linear_both': linear_method('all'),
+    'linear': linear_method('note'), 'linear_both': linear_method('all'), 'texture': texture_method(),
+    **{f'teacher_{v}': teacher_method(v) for v in ('zero_shot', 'probe', 'tuned')},
     'base': student_method('base'), **{m: student_method(m) for m in SCHEDULES}})
 
-# %% ../nbs/48_methods.ipynb #0019
+# %% ../nbs/48_methods.ipynb #0021
 def get_method(name: str) -> Method:
     "A method by its name, see `method_name`."
     model, protocol, constrained = method_name(name)
     writes = model == 'api' or model in METHODS and METHODS[model].texts
+    if '_wrong_image' in name and not (writes and model != 'api' and not protocol): raise InputError('only a student can be shown a wrong image', field='method', record=name)
     if not writes and (model not in METHODS or protocol or constrained):
         raise InputError(f'there is no such method; there are {", ".join(METHODS)}, api, and for students also NAME_constrained and NAME_{", NAME_".join(PROTOCOLS)}', field='method', record=name)
     return reason_method(model, protocol) if protocol or model == 'api' else METHODS[model]
@@ -137,3 +151,12 @@ def build_ranker(run: Run, method: str, seed: int = 0) -> Ranker:
     "The ranker of a method, from what earlier stages left in the run."
     ranker = get_method(method).build(run, seed)
     return replace(ranker, constrained=True, name=method) if method.endswith('_constrained') else ranker
+
+# %% ../nbs/48_methods.ipynb #0023
+def wrong_images(
+    cases: Sequence[Case],
+    seed: int = 0,
+) -> list[Case]:          # each with an image that was drawn from all of them, without replacement
+    "Permute images across cases, uniformly."
+    if len(cases) < 2: raise InputError('the image of one case cannot be permuted', field='method')
+    return [replace(c, image=cases[j].image) for c, j in zip(cases, np.random.default_rng(seed).permutation(len(cases)))]

@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 
-from .core import InputError, atomic_path, cache_dir, code_digest, digest, file_digest, locked, progress, read_json, read_table, write_json, write_table
+from .core import InputError, atomic_path, cache_dir, code_digest, digest, file_digest, locked, printable, progress, read_json, read_table, write_json, write_table
 
 # %% ../nbs/01_ontology.ipynb #0006
 HPO_FILES = ('hp.obo', 'phenotype.hpoa', 'genes_to_phenotype.txt')
@@ -41,7 +41,7 @@ def obo_stanzas(
 ) -> Iterator[dict]:        # tag to list of values; the header comes first
     "The header and the terms of an OBO file, one dictionary each."
     stanza: dict = {}
-    with open(path, encoding='utf-8') as f:
+    with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
             line = line.rstrip('\n')
             if line.startswith('['):
@@ -53,15 +53,23 @@ def obo_stanzas(
     if stanza: yield stanza
 
 # %% ../nbs/01_ontology.ipynb #0012
+def _current(id: str, merged: dict[str, str], known: set[str]) -> str:
+    "The term that an old id stands for, over any number of replacements; '' if they lead nowhere."
+    seen = set()
+    while id in merged and id not in known and id not in seen: seen.add(id); id = merged[id]
+    return id if id in known else ''
+
 def parse_obo(
     path: Path | str,                  # hp.obo
 ) -> tuple[str, pd.DataFrame, dict]:   # release, current terms (id, label, synonyms, parents), old id to current id or ''
     "Read the HPO graph."
-    version, rows, merged = '', [], {}
+    version, rows, merged, seen = '', [], {}, set()
     for s in obo_stanzas(path):
         if 'data-version' in s: version = s['data-version'][0].split('/')[-1]
         if s.get('kind') != ['Term'] or not s.get('id', [''])[0].startswith('HP:'): continue
         id = s['id'][0]
+        if id in seen or not s.get('name') and 'is_obsolete' not in s: raise InputError('the term is there twice' if id in seen else 'the term has no name', file=path, record=id)
+        seen.add(id)
         if s.get('is_obsolete') == ['true']: merged[id] = s.get('replaced_by', [''])[0].split(' ')[0]; continue
         merged |= {a: id for a in s.get('alt_id', ())}
         synonyms = [m[1] for m in (re.match(r'"(.*?)"', x) for x in s.get('synonym', ())) if m]
@@ -69,7 +77,7 @@ def parse_obo(
     if not version or not rows: raise InputError('has no data-version or no terms; is it the HPO in OBO format?', file=path)
     terms = pd.DataFrame(rows, columns=['id', 'label', 'synonyms', 'parents']).sort_values('id', ignore_index=True)
     known = set(terms.id)
-    return version, terms, {old: new if new in known else merged.get(new, '') for old, new in merged.items() if old not in known}
+    return version, terms, {old: _current(old, merged, known) for old in merged if old not in known}
 
 # %% ../nbs/01_ontology.ipynb #0015
 def read_tsv(
@@ -77,9 +85,9 @@ def read_tsv(
     columns: Sequence[str],     # columns that are needed
 ) -> pd.DataFrame:              # these columns, as text; empty cells are ''
     "Read some columns of an annotation file."
-    with open(path, encoding='utf-8') as f: skip = next((i for i, line in enumerate(f) if not line.startswith('#')), 0)
-    try: t = pd.read_csv(path, sep='\t', skiprows=skip, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise InputError(f'is not a table: {str(e).strip().lower()}', file=path) from e
+    with open(path, 'rb') as f: skip = next((i for i, line in enumerate(f) if not line.startswith(b'#')), 0)
+    try: t = pd.read_csv(path, sep='\t', skiprows=skip, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, index_col=False).fillna('')
+    except (ValueError, OverflowError) as e: raise InputError(f'is not a table: {printable(e).lower()}', file=path) from e
     missing = [c for c in columns if c not in t]
     if missing: raise InputError('the file lacks columns', file=path, field=', '.join(missing), hint='a release of 2023 or later is needed')
     return t[list(columns)]
@@ -93,10 +101,10 @@ def parse_frequency(
 ) -> tuple[int, int, Optional[float]]: # patients with it, patients asked, share (None: not stated)
     "Read one frequency of the annotation file."
     if qualifier == 'NOT': return 0, 0, 0.0
-    if m := re.fullmatch(r'(\d+)/(\d+)', text):
+    if m := re.fullmatch(r'(\d{1,9})/(\d{1,9})', text):
         n, total = int(m[1]), int(m[2])
-        return (n, total, n/total) if total else (0, 0, None)
-    if m := re.fullmatch(r'([\d.]+)%', text): return 0, 0, min(1.0, float(m[1])/100)
+        return (n, total, n/total) if n <= total and total else (0, 0, None)
+    if m := re.fullmatch(r'(\d+(?:\.\d*)?|\.\d+)%', text): return 0, 0, min(1.0, float(m[1])/100)
     return 0, 0, FREQUENCY_CLASSES.get(text)
 
 # %% ../nbs/01_ontology.ipynb #0021
@@ -132,13 +140,14 @@ def ancestor_closure(
     parents: dict[str, Sequence[str]], # term id to parent ids
 ) -> sparse.csr_matrix:                # (T, T) float32, ones at each term's ancestors and itself
     "The reflexive, transitive closure of `is_a`."
-    index, above = {t: i for i, t in enumerate(terms)}, {}
+    index, above, opened = {t: i for i, t in enumerate(terms)}, {}, set()
     for t in terms:
         todo = [t]
         while todo:
             at = todo[-1]
             wait = [p for p in parents.get(at, ()) if p in index and p not in above] if at not in above else []
-            if wait: todo += wait; continue
+            if wait and at in opened: raise InputError('is above itself', record=at, field='is_a')
+            if wait: opened.add(at); todo += wait; continue
             if at not in above: above[at] = {index[at]}.union(*(above[p] for p in parents.get(at, ()) if p in index))
             todo.pop()
     cols = [sorted(above[t]) for t in terms]

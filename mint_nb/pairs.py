@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['case_orders', 'cut_lists', 'in_turn', 'apply_gold', 'shuffle_orders', 'pair_row', 'known_truth', 'make_pairs',
            'drop_repeats', 'pair_summary', 'Problem', 'check_answers', 'length_bias', 'check_length', 'leaked_names',
-           'check_leaks', 'rendered', 'check_special_tokens', 'first_difference', 'check_tokens', 'checks', 'refuse']
+           'check_leaks', 'rendered', 'check_special_tokens', 'first_difference', 'check_tokens', 'checks',
+           'without_cases', 'refuse']
 
 # %% ../nbs/20_pairs.ipynb #0003
 import json, math, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Iterator, Optional, Sequence
 
 import numpy as np
@@ -260,6 +261,10 @@ def checks(
     found = [*check_answers(rows), *check_length(rows, tokenizer), *check_leaks(rows)]
     if tokenizer is not None: found += [*check_special_tokens(rows, tokenizer), *check_tokens(rows, tokenizer, max_prompt, max_answer)]
     return sorted(found, key=lambda p: p.severity)
+
+def without_cases(problems: Sequence[Problem]) -> list[Problem]:
+    "The same problems without their example cases, for a log that names no patient."
+    return [replace(p, example='') for p in problems]
 
 def refuse(problems: Sequence[Problem]) -> list[Problem]:
     "Raise the first error, return the warnings."

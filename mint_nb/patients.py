@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PHENOTYPE', 'NAME_LENGTH', 'FACIAL', 'OTHER', 'MISSED', 'IMPRECISE', 'MALE', 'FEMALE', 'FACIAL_IN_NOTE', 'NOTE_CHARS',
-           'NEGATIONS', 'FRAMES', 'IDLE', 'HEDGES', 'SHARES', 'ONSETS', 'DURATION', 'NOTE_FIELDS', 'is_phenotype',
-           'phenotype_findings', 'series', 'eligible_diseases', 'choose_diseases', 'broader', 'background',
-           'draw_findings', 'common_findings', 'draw_absent', 'describe', 'phrase', 'listing', 'case_rng',
-           'choose_for_note', 'say', 'view_of', 'add_note', 'write_note', 'split_sizes', 'fair_share', 'split_by_group',
-           'check_splits', 'simulate_patient', 'simulate_cohort', 'InputWarning', 'documents', 'age_in_years',
-           'read_findings', 'parse_phenopacket', 'parse_note', 'load_phenopackets', 'gmdb_table', 'load_gmdb',
-           'load_cases', 'answer_table', 'catalogue_of_cases', 'choose_answers', 'select_cases', 'outside_test',
-           'hide_labels', 'names_answer', 'file_name', 'use_embeddings', 'cohort_card', 'describe_cohort']
+           'NEGATIONS', 'FRAMES', 'IDLE', 'HEDGES', 'SHARES', 'MAX_ENTRY', 'ONSETS', 'OLDEST', 'DURATION',
+           'NOTE_FIELDS', 'is_phenotype', 'phenotype_findings', 'series', 'eligible_diseases', 'choose_diseases',
+           'broader', 'background', 'draw_findings', 'common_findings', 'draw_absent', 'describe', 'phrase', 'listing',
+           'case_rng', 'choose_for_note', 'say', 'view_of', 'add_note', 'write_note', 'split_sizes', 'fair_share',
+           'split_by_group', 'check_splits', 'simulate_patient', 'simulate_cohort', 'InputWarning', 'check_archive',
+           'documents', 'age_in_years', 'read_findings', 'parse_phenopacket', 'parse_note', 'load_phenopackets',
+           'gmdb_table', 'load_gmdb', 'load_cases', 'answer_table', 'catalogue_of_cases', 'choose_answers',
+           'select_cases', 'outside_test', 'hide_labels', 'names_answer', 'file_name', 'use_embeddings', 'cohort_card',
+           'describe_cohort']
 
 # %% ../nbs/04_patients.ipynb #0003
-import gzip, itertools, json, re, zipfile, zlib
+import gzip, itertools, json, re, stat, zipfile, zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, Iterable, Iterator, Literal, Optional, Sequence
 
 import numpy as np, pandas as pd
 
-from .core import CohortParams, InputError, digest, progress, read_table
+from .core import CohortParams, InputError, digest, printable, progress, read_table
 from .ontology import UNSTATED, Ontology, load_ontology
 from .tasks import Case, Catalogue, Finding, normalise
 
@@ -381,18 +382,27 @@ class InputWarning(InputError):
     "Something was corrected or left out, and the record can be used; everything that can not is a plain `InputError`."
 
 # %% ../nbs/04_patients.ipynb #0086
+MAX_ENTRY = 2**28     # bytes of one unpacked entry: a zip of a few kilobytes may announce a terabyte
+
+def check_archive(archive: zipfile.ZipFile, path: Path) -> None:
+    "Refuse an archive with an entry that points outside, is a link, or is unreasonably large."
+    for info in archive.infolist():
+        name = info.filename
+        if name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name) or ':' in name or stat.S_ISLNK(info.external_attr >> 16):
+            raise InputError('an entry points outside the archive; nothing was read', file=path, record=name)
+        if info.file_size > MAX_ENTRY: raise InputError(f'an entry has {info.file_size} bytes; nothing was read', file=path, record=name, hint=f'{MAX_ENTRY} are the most')
+
+# %% ../nbs/04_patients.ipynb #0090
 def _zip_entries(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as z:
-            for name in z.namelist():
-                if name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name) or ':' in name:
-                    raise InputError('an entry points outside the archive; nothing was read', file=path, record=name)
+            check_archive(z, path)
             for name in sorted(z.namelist()):
                 if name.endswith('.json') and not Path(name).name.startswith('.'): yield f'{path.name}/{name}', z.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
-        raise InputError(f'is not a readable zip: {e}', file=path) from e
+    except InputError: raise
+    except Exception as e: raise InputError(f'is not a readable zip: {printable(e)}', file=path) from e    # damage makes zipfile and its decompressors raise anything
 
-# %% ../nbs/04_patients.ipynb #0087
+# %% ../nbs/04_patients.ipynb #0091
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     opener = gzip.open if path.suffix == '.gz' else open
     try:
@@ -401,27 +411,30 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 if line.strip(): yield f'{path.name}, line {i}', line
     except (OSError, EOFError, zlib.error) as e: raise InputError(f'cannot be read: {e}', file=path) from e
 
-# %% ../nbs/04_patients.ipynb #0088
+# %% ../nbs/04_patients.ipynb #0092
 def documents(
     path: Path | str,    # a .json file, a folder of them, a .zip of them, or .jsonl (also .jsonl.gz)
 ) -> Iterator[tuple[str, Any]]:   # where it stands, and the object (an `InputError` if it cannot be read)
     "All JSON objects of a source, in a fixed order."
     path = Path(path)
     if not path.exists(): raise InputError('does not exist', file=path)
-    if path.is_dir(): found = ((p.relative_to(path).as_posix(), p.read_bytes()) for p in sorted(path.rglob('*.json')) if not p.name.startswith('.'))
+    if path.is_dir(): found = ((p.relative_to(path).as_posix(), p.read_bytes()) for p in sorted(path.rglob('*.json')) if not p.name.startswith('.') and p.is_file())
     elif path.suffix == '.zip': found = _zip_entries(path)
     elif path.name.endswith(('.jsonl', '.jsonl.gz')): found = _lines(path)
     elif path.suffix == '.json': found = iter([(path.name, path.read_bytes())])
     else: raise InputError('is none of .json, .jsonl, .jsonl.gz, .zip or a folder', file=path)
     for place, raw in found:
-        try: obj = json.loads(raw)
-        except (ValueError, RecursionError) as e: obj = InputError(f'is not valid JSON: {e}', file=place)
+        try:
+            obj = json.loads(raw)
+            if b'\\ud' in raw.lower(): json.dumps(obj, ensure_ascii=False).encode()      # half a character, which no file could hold
+        except (ValueError, RecursionError) as e: obj = InputError(f'is not valid JSON: {printable(e)}', file=place)
         if not isinstance(obj, (dict, InputError)): obj = InputError('is not a JSON object', file=place)
         yield place, obj
 
-# %% ../nbs/04_patients.ipynb #0091
+# %% ../nbs/04_patients.ipynb #0095
 ONSETS = {'HP:0003577': 0.0, 'HP:0003623': 0.05, 'HP:0003593': 0.5, 'HP:0011463': 4.0, 'HP:0003621': 10.0, 'HP:0003581': 30.0,
           'HP:0011462': 30.0, 'HP:0003596': 50.0, 'HP:0003584': 70.0}     # years, about the middle of each period
+OLDEST = 130     # years
 DURATION = re.compile(r'P(?=\d)' + ''.join(rf'(?:(\d+(?:\.\d+)?){u})?' for u in 'YMWD') + r'(?:T.*)?')
 
 def age_in_years(
@@ -429,32 +442,35 @@ def age_in_years(
 ) -> Optional[float]:    # years; None if unstated or before birth
     "Age from a phenopacket's time element."
     if not isinstance(time, dict): return None
-    onset = time.get('ontologyClass') or {}
-    stated = time.get('age') or (time.get('ageRange') or {}).get('start') or {}
+    inside = lambda obj, key: v if isinstance(v := obj.get(key), dict) else {}
+    stated = time.get('age') or inside(time, 'ageRange').get('start') or {}
     text = stated.get('iso8601duration') if isinstance(stated, dict) else stated
-    if text is None: return ONSETS.get(onset.get('id') if isinstance(onset, dict) else None)
+    if text is None: return ONSETS.get(str(inside(time, 'ontologyClass').get('id')))
     m = DURATION.fullmatch(str(text))
-    if not m: raise InputError(f'{text!r} is not an ISO 8601 duration', field='subject.timeAtLastEncounter', hint="for example 'P4Y6M'")
+    if not m: raise InputError(f'{printable(text, 40)!r} is not an ISO 8601 duration', field='subject.timeAtLastEncounter', hint="for example 'P4Y6M'")
     y, mo, w, d = (float(x or 0) for x in m.groups())
-    return round(y + mo/12 + w/52.18 + d/365.25, 3)
+    age = round(y + mo/12 + w/52.18 + d/365.25, 3)
+    if not age < OLDEST: raise InputError(f'{printable(text, 40)!r} is no age of a person', field='subject.timeAtLastEncounter', hint="for example 'P4Y6M'")
+    return age
 
-# %% ../nbs/04_patients.ipynb #0094
+# %% ../nbs/04_patients.ipynb #0098
 def _listed(obj: Any, key: str) -> list:
     "The objects of a list field; anything malformed counts as absent."
     v = obj.get(key) if isinstance(obj, dict) else None
     return [x for x in v if isinstance(x, dict)] if isinstance(v, list) else []
 
-# %% ../nbs/04_patients.ipynb #0095
+# %% ../nbs/04_patients.ipynb #0099
 def _resolve_term(raw: Any, ontology: Ontology, place: dict, strict: bool) -> tuple[Optional[str], Optional[InputWarning]]:
     "Current id of a term as written, and what there is to say about it."
     id, how = ontology.resolve(str(raw))
     if how == 'unknown' or id is None:
+        raw = printable(raw, 40)
         if strict: raise InputError(f'{raw} is not a term of HPO {ontology.version}', **place, hint='a newer release may know it')
         return None, InputWarning(f'{raw} is not a term of HPO {ontology.version}; left out', **place)
     if not is_phenotype(ontology, id): return None, InputWarning(f'{id} ({ontology.label(id)}) is not a phenotypic abnormality; left out', **place)
-    return id, InputWarning(f'{raw} is obsolete; read as {id} ({ontology.label(id)})', **place) if how == 'obsolete' else None
+    return id, InputWarning(f'{printable(raw, 40)} is obsolete; read as {id} ({ontology.label(id)})', **place) if how == 'obsolete' else None
 
-# %% ../nbs/04_patients.ipynb #0096
+# %% ../nbs/04_patients.ipynb #0100
 def read_findings(
     terms: Iterable[tuple[Any, bool]],   # id as written, and whether it is excluded
     ontology: Ontology,
@@ -470,7 +486,7 @@ def read_findings(
     view = lambda id, ex: 'portrait' if ontology.is_facial(id) and not ex else 'record'
     return tuple(Finding(id, ontology.label(id), ex, view(id, ex)) for id, ex in found.items()), problems
 
-# %% ../nbs/04_patients.ipynb #0099
+# %% ../nbs/04_patients.ipynb #0103
 def _labels(obj: dict) -> dict:
     "Diagnosis and gene of a phenopacket, as far as stated."
     diagnoses = [i['diagnosis'] for i in _listed(obj, 'interpretations') if isinstance(i.get('diagnosis'), dict)]
@@ -480,13 +496,13 @@ def _labels(obj: dict) -> dict:
     gene = re.search(r'"geneContext": \{[^{}]*"symbol": "([^"]+)"', text)
     return {k: str(v) for k, v in (('disease', term.get('id')), ('disease_name', term.get('label')), ('gene', gene and gene[1])) if v}
 
-# %% ../nbs/04_patients.ipynb #0100
+# %% ../nbs/04_patients.ipynb #0104
 def _publication(obj: dict) -> str:
     "First PubMed id among the external references, or the first reference, or nothing."
     ids = [str(r['id']) for r in _listed(obj.get('metaData'), 'externalReferences') if r.get('id')]
     return next((i for i in ids if i.upper().startswith('PMID')), ids[0] if ids else '')
 
-# %% ../nbs/04_patients.ipynb #0101
+# %% ../nbs/04_patients.ipynb #0105
 def parse_phenopacket(
     obj: dict,              # a phenopacket, version 2
     ontology: Ontology,
@@ -508,10 +524,10 @@ def parse_phenopacket(
     except InputError as e:
         if strict: raise InputError(e.problem, **place, field=e.field, hint=e.hint) from e
         age = None; problems.append(InputWarning(f'{e.problem}; left out', **place, field=e.field))
-    return Case(case_id, phenotypes=found, age=age, sex={'FEMALE': 'female', 'MALE': 'male'}.get(subject.get('sex')),
+    return Case(case_id, phenotypes=found, age=age, sex={'FEMALE': 'female', 'MALE': 'male'}.get(str(subject.get('sex'))),
                 labels=_labels(obj) if labels else {}, group=_publication(obj) or case_id), problems
 
-# %% ../nbs/04_patients.ipynb #0105
+# %% ../nbs/04_patients.ipynb #0109
 NOTE_FIELDS = {'id': ('id', 'phenopacket_id', 'case_id'), 'note': ('note', 'clinical_note'), 'disease': ('disease_id', 'omim_id'),
                'disease_name': ('disease', 'disease_name'), 'gene': ('gene',), 'group': ('group', 'pmid_norm', 'pmid')}
 
@@ -519,21 +535,24 @@ def parse_note(
     obj: dict, ontology: Ontology,
     file: str = '', strict: bool = True, labels: bool = True,   # as in `parse_phenopacket`
 ) -> tuple[Case, list[InputWarning]]:
-    "One patient from a plain note; without an id it is called after its place in the file."
+    "One patient from a plain note or a list of terms; without an id it is called after its place in the file."
     get = {k: next((str(obj[n]).strip() for n in names if obj.get(n) not in (None, '')), '') for k, names in NOTE_FIELDS.items()}
     get['id'] = get['id'] or re.sub(r'\W+', '-', file)
     place = {'file': file, 'record': get['id']}
-    if not get['note']: raise InputError("a plain note needs a 'note'", **place, field='note')
-    found, problems = read_findings([(t, False) for t in obj.get('phenotypes') or ()], ontology, place, strict)
+    terms = obj.get('phenotypes') or []
+    if not get['note'] and not terms: raise InputError("a plain record needs a 'note' or 'phenotypes'", **place, field='note')
+    if not isinstance(terms, list): raise InputError('is not a list of HPO ids', **place, field='phenotypes')
+    found, problems = read_findings([(t, False) for t in terms], ontology, place, strict)
     try: age = None if obj.get('age') in (None, '') else float(obj['age'])
-    except (TypeError, ValueError): age = float('nan')
-    if age is not None and not 0 <= age < 130: raise InputError(f'{obj["age"]!r} is not an age in years', **place, field='age')
+    except (TypeError, ValueError, OverflowError): age = float('nan')
+    if age is not None and not 0 <= age < OLDEST: raise InputError(f'{printable(repr(obj["age"]), 40)} is not an age in years', **place, field='age')
     sex = {'f': 'female', 'm': 'male'}.get(str(obj.get('sex') or '')[:1].lower())
     known = {k: get[k] for k in ('disease', 'disease_name', 'gene') if get[k]} if labels else {}
-    found = tuple(replace(f, view=view_of(f, True, ontology)) for f in found)
+    if get['note']: found = tuple(replace(f, view=view_of(f, True, ontology)) for f in found)
+    elif not found: raise InputError('has no usable phenotype' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypes')
     return Case(get['id'], note=get['note'], sex=sex, age=age, phenotypes=found, labels=known, group=get['group'] or get['id']), problems
 
-# %% ../nbs/04_patients.ipynb #0108
+# %% ../nbs/04_patients.ipynb #0112
 def load_phenopackets(
     path: Path | str,           # .json, folder, .zip, .jsonl or .jsonl.gz
     ontology: Ontology,
@@ -546,7 +565,8 @@ def load_phenopackets(
         try:
             if isinstance(obj, InputError): raise obj
             parse = parse_phenopacket if {'phenotypicFeatures', 'subject', 'metaData'} & obj.keys() else parse_note
-            case, found = parse(obj, ontology, place, strict, labels)
+            try: case, found = parse(obj, ontology, place, strict, labels)
+            except RecursionError as e: raise InputError('is nested too deeply', file=place) from e
             if case.id in cases: raise InputError('another record has the same id', file=place, record=case.id, field='id')
             cases[case.id] = case; problems += found
         except InputError as e:
@@ -555,31 +575,34 @@ def load_phenopackets(
     if not cases and not problems: raise InputError('holds no cases', file=path, hint='phenopackets end in .json')
     return list(cases.values()), problems
 
-# %% ../nbs/04_patients.ipynb #0117
+# %% ../nbs/04_patients.ipynb #0121
 def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, strict: bool, labels: bool) -> tuple[Case, list[InputWarning]]:
     "A case from a row of the metadata table."
     terms = [(t, ex) for k, ex in (('present_features', False), ('absent_features', True)) for t in re.findall(r'HP:\d+', row.get(k, ''))]
     place = {'file': file.name, 'record': row['image_id']}
+    for k in ('image_id', 'patient_id'):
+        if not row[k].strip(): raise InputError('is empty', **place, field=k)
     found, problems = read_findings(terms, ontology, place, strict)
     if crop is None: problems.append(InputWarning('the crop is missing', **place, field='image_id'))
     if crop is None and not any(not f.excluded for f in found): raise InputError('has neither findings nor a crop', **place)
-    number = lambda k: float(row[k]) if re.fullmatch(r'\d+(\.\d+)?', row.get(k, '')) else 0.
+    number = lambda k: float(row[k]) if re.fullmatch(r'\d{1,3}(\.\d{1,9})?', row.get(k, '')) else 0.
     known = any(row.get(k, '').strip() for k in ('age_year', 'age_month'))
     omim, own = re.findall(r'\d{6}', row.get('omim_ids', '')), row.get('internal_syndrome_id', '')
     disease = f'OMIM:{omim[0]}' if omim else f'GMDB:{own}' if own else None
     name = row.get('internal_syndrome_name') or row.get('disorder_names')
     told = {k: v for k, v in (('disease', disease), ('disease_name', name)) if v and labels}
     age = number('age_year') + number('age_month')/12 if known else None
+    if age is not None and age >= OLDEST: age = None; problems.append(InputWarning('is no age of a person; left out', **place, field='age_year'))
     sex = {'f': 'female', 'm': 'male'}.get(row.get('gender', '')[:1].lower())
     return Case(f"GMDB-{row['image_id']}", image=crop and str(crop.resolve()), phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
                 labels=told), problems
 
-# %% ../nbs/04_patients.ipynb #0118
+# %% ../nbs/04_patients.ipynb #0122
 def gmdb_table(folder: Path | str) -> Optional[Path]:
     "The metadata table of a GMDB download, if the folder is one."
     return next(iter(sorted(Path(folder).rglob('*metadata*.tsv'))), None)
 
-# %% ../nbs/04_patients.ipynb #0120
+# %% ../nbs/04_patients.ipynb #0124
 def load_gmdb(
     folder: Path | str,   # holds `*metadata*.tsv` and, anywhere below, crops `{image_id}_aligned.jpg`
     ontology: Ontology,
@@ -587,21 +610,24 @@ def load_gmdb(
     labels: bool = True,
 ) -> tuple[list[Case], list[InputError]]:
     "Read GMDB metadata and find the crops; one case an image, grouped by patient."
-    file, cases, problems = gmdb_table(folder), [], []
+    file, cases, problems, taken = gmdb_table(folder), [], [], set()
     if file is None: raise InputError('holds no *metadata*.tsv', file=folder)
-    table = pd.read_csv(file, sep='\t', dtype=str, keep_default_na=False)
+    try: table = pd.read_csv(file, sep='\t', dtype=str, keep_default_na=False, index_col=False).fillna('')
+    except (ValueError, OverflowError) as e: raise InputError(f'is not a readable table: {printable(e)}', file=file) from e
     missing = [c for c in ('image_id', 'patient_id', 'present_features') if c not in table]
     if missing: raise InputError('the table lacks columns', file=file, field=', '.join(missing))
     crops = {p.name.split('_')[0]: p for ext in ('jpg', 'png') for p in Path(folder).rglob(f'*_aligned.{ext}')}
     for row in table.to_dict('records'):
-        try: case, found = _gmdb_case(row, crops.get(row['image_id']), ontology, file, on_error == 'raise', labels)
+        try:
+            case, found = _gmdb_case(row, crops.get(row['image_id']), ontology, file, on_error == 'raise', labels)
+            if case.id in taken: raise InputError('another row has the same image', file=file.name, record=row['image_id'], field='image_id')
         except InputError as e:
             if on_error == 'raise': raise
             problems.append(e); continue
-        cases.append(case); problems += found
+        cases.append(case); problems += found; taken.add(case.id)
     return cases, problems
 
-# %% ../nbs/04_patients.ipynb #0125
+# %% ../nbs/04_patients.ipynb #0129
 def load_cases(
     path: Path | str,      # any source described above
     ontology: Ontology,
@@ -612,7 +638,7 @@ def load_cases(
     if Path(path).is_dir() and gmdb_table(path): return load_gmdb(path, ontology, on_error, labels)
     return load_phenopackets(path, ontology, on_error, labels)
 
-# %% ../nbs/04_patients.ipynb #0128
+# %% ../nbs/04_patients.ipynb #0132
 def answer_table(
     cases: Sequence[Case],
     label: str = 'disease',   # key of `Case.labels`
@@ -624,7 +650,7 @@ def answer_table(
     usual = t.name.agg(lambda n: Counter(n).most_common(1)[0][0])
     return pd.DataFrame({'name': usual, 'cases': t.size(), 'groups': t.group.nunique(), 'with_face': t.face.mean(), 'facial': t.facial.mean()})
 
-# %% ../nbs/04_patients.ipynb #0131
+# %% ../nbs/04_patients.ipynb #0135
 def catalogue_of_cases(
     answers: pd.DataFrame,     # from `answer_table`, the chosen rows
     ontology: Ontology,
@@ -638,7 +664,7 @@ def catalogue_of_cases(
     other = {a: [n for n in dict.fromkeys([answers.name[a], *(ontology.disease_synonyms(a) if a in known else ())]) if n != names[a]] for a in names}
     return Catalogue(names, other)
 
-# %% ../nbs/04_patients.ipynb #0134
+# %% ../nbs/04_patients.ipynb #0138
 def choose_answers(
     cases: Sequence[Case],
     ontology: Ontology,
@@ -657,7 +683,7 @@ def choose_answers(
     order = enough.assign(known=known).sample(frac=1, random_state=params.seed).sort_values('known', ascending=False, kind='stable')
     return order.head(params.diseases or len(order)).drop(columns='known').sort_values('name')
 
-# %% ../nbs/04_patients.ipynb #0136
+# %% ../nbs/04_patients.ipynb #0140
 def select_cases(
     cases: Sequence[Case],
     answers: pd.DataFrame,
@@ -668,7 +694,7 @@ def select_cases(
     mine = [c for c in cases if c.labels.get(label) in answers.index]
     return split_by_group(mine, {s: getattr(params, s) for s in SHARES if s != 'test' or not params.test_source}, params.seed, label)
 
-# %% ../nbs/04_patients.ipynb #0139
+# %% ../nbs/04_patients.ipynb #0143
 def outside_test(
     cases: Sequence[Case],     # of the first source
     outside: Sequence[Case],   # of the other
@@ -684,7 +710,7 @@ def outside_test(
     left = [c for c in cases if c.group not in groups and c.id not in ids]
     return left, [c for c in test if any(l.labels.get(label) == c.labels[label] for l in left)]
 
-# %% ../nbs/04_patients.ipynb #0144
+# %% ../nbs/04_patients.ipynb #0148
 def hide_labels(
     cases: Sequence[Case],
     share: float,        # of training cases that keep their labels
@@ -695,19 +721,19 @@ def hide_labels(
     hidden = {train[i] for i in np.random.default_rng(seed).permutation(len(train))[round(share*len(train)):]}
     return [replace(c, labels={}) if c.id in hidden else c for c in cases], {c.id: c.labels for c in cases if c.id in hidden}
 
-# %% ../nbs/04_patients.ipynb #0147
+# %% ../nbs/04_patients.ipynb #0151
 def names_answer(case: Case) -> bool:
     "Does the note name the case's own disease or gene?"
     text = f' {normalise(case.note)} '
     return any(f' {normalise(case.labels[k])} ' in text for k in ('disease_name', 'gene') if case.labels.get(k))
 
-# %% ../nbs/04_patients.ipynb #0150
+# %% ../nbs/04_patients.ipynb #0154
 def file_name(case_id: str) -> str:
     "A case id as a file name: anything unusual is replaced, and a digest keeps such names apart."
     plain = re.sub(r'[^\w.-]', '_', case_id).strip('.')
     return plain if plain == case_id and len(plain) < 100 else f'{plain[:80]}-{digest(case_id)[:8]}'
 
-# %% ../nbs/04_patients.ipynb #0152
+# %% ../nbs/04_patients.ipynb #0156
 def use_embeddings(
     cases: Sequence[Case],
     table: Path | str,    # Parquet: case_id, e0, e1, ...
@@ -715,9 +741,11 @@ def use_embeddings(
 ) -> list[Case]:          # `image` names a `.npy` file, or is None where the table lacks the case
     "Take embeddings of photographs in place of portraits."
     t = read_table(table)
-    columns = sorted((c for c in t if re.fullmatch(r'e\d+', c)), key=lambda c: int(c[1:]))
+    columns = sorted((c for c in t if re.fullmatch(r'e\d{1,6}', str(c))), key=lambda c: int(c[1:]))
     if 'case_id' not in t or not columns: raise InputError('needs the columns case_id, e0, e1, ...', file=table, field='cohort.embeddings')
-    rows, out = dict(zip(t.case_id.astype(str), t[columns].to_numpy('float32'))), []
+    try: rows, out = dict(zip(t.case_id.astype(str), t[columns].to_numpy('float32'))), []
+    except (TypeError, ValueError) as e: raise InputError('holds something else than numbers', file=table, field=f'{columns[0]} to {columns[-1]}') from e
+    if bad := next((i for i, v in rows.items() if not np.isfinite(v).all()), None): raise InputError('has numbers that are missing or infinite', file=table, record=bad)
     if not any(c.id in rows for c in cases):
         raise InputError('has none of the cases', file=table, field='case_id', hint=f'they are called like {cases[0].id}')
     for c in cases:
@@ -725,7 +753,7 @@ def use_embeddings(
         out.append(replace(c, image=f'images/{file_name(c.id)}.npy' if c.id in rows else None))
     return out
 
-# %% ../nbs/04_patients.ipynb #0155
+# %% ../nbs/04_patients.ipynb #0159
 def cohort_card(
     cases: Sequence[Case],
     catalogue: Catalogue,
@@ -744,13 +772,14 @@ def cohort_card(
     return {'cases': len(cases), 'groups': t.group.nunique(), 'splits': splits, 'characters_per_note': round(t.characters.mean(), 1), 'warnings': warn,
             'answers': [dict(id=a, name=catalogue.names[a], **{s: int(n) for s, n in per.loc[a].items()}) for a in catalogue.ids]}
 
-# %% ../nbs/04_patients.ipynb #0156
+# %% ../nbs/04_patients.ipynb #0160
 def describe_cohort(
     card: dict,   # from `cohort_card`, with the facts about the source added
 ) -> str:
     "The card in a few lines, for a terminal."
     kind = 'simulated' if card['simulated'] else f"from {card['source']} ({card['read']} read, {card['lost']} lost, {card['corrected']} corrected)"
-    line = '{:12} {cases:5} cases {groups:5} groups {answers:4} answers, {with_face:4.0%} with facial findings'
-    return '\n'.join([f"{card['cases']} cases {kind}; HPO {card['hpo']}; seed {card['seed']}", *(line.format(s, **v) for s, v in card['splits'].items()),
+    line, hpo = '{:12} {cases:5} cases {groups:5} groups {answers:4} answers', card.get('hpo')   # tiles have neither findings nor an ontology
+    if hpo: line += ', {with_face:4.0%} with facial findings'
+    return '\n'.join([f"{card['cases']} cases {kind}; {f'HPO {hpo}; ' if hpo else ''}seed {card['seed']}", *(line.format(s, **v) for s, v in card['splits'].items()),
                       f"{len(card['answers'])} answers chosen by seed: " + '; '.join(a['name'] for a in card['answers']),
                       *(f'warning: {w}' for w in card['warnings'])])

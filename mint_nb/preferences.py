@@ -12,9 +12,9 @@ from typing import Optional, Sequence
 
 import pandas as pd, yaml
 
-from .cohort import cohort_cases, cohort_catalogue, make_cohort
+from .cohort import cohort_cases, cohort_catalogue, make_cohort, shows_cases
 from .core import InputError, Run, atomic_path, read_json, read_table, run_stage, write_json
-from .pairs import Problem, checks, make_pairs, pair_summary, refuse
+from .pairs import Problem, checks, make_pairs, pair_summary, refuse, without_cases
 from .tasks import get_task, method_name
 from .upstream import teacher_rankings, upstream
 
@@ -75,15 +75,15 @@ def write_preferences(run: Run, seed: int, variant: str, view: str) -> None:
     "Build, check and write the rows of one variant."
     params = run.params.pairs.model_copy(update=_VARIANTS[variant])
     rows = make_pairs(teacher_rankings(run, seed, 'train', view), cohort_cases(run, 'train'), cohort_catalogue(run), get_task(run.params.task), params, seed)
-    warnings = refuse(checks(rows))
+    warnings, shown = refuse(checks(rows)), rows[0]
+    if not shows_cases(run): warnings, shown = without_cases(warnings), {p: [{'content': '(the cases are real and not shown)'}] for p in ('prompt', 'chosen', 'rejected')}
     for w in warnings: print(w)
     info = {'task': run.params.task, 'variant': variant, 'teacher': f'{view}-{seed}', 'seed': seed, **pair_summary(rows), 'gold': params.gold,
             'n_rejected': params.n_rejected, 'simulated': bool(read_json(run/'cases/card.json')['simulated']), 'checks': [str(w) for w in warnings]}
     with atomic_path(run/f'preferences/{variant}-{seed}') as tmp:
         tmp.mkdir()
         pd.DataFrame(rows).to_parquet(tmp/'train.parquet', index=False)
-        (tmp/'README.md').write_text(dataset_card(info, rows[0]))
-        write_json(tmp/'card.json', info)
+        (tmp/'README.md').write_text(dataset_card(info, shown)); write_json(tmp/'card.json', info)
 
 # %% ../nbs/29_preferences.ipynb #0013
 def preference_rows(

@@ -195,7 +195,7 @@ class Encoder:
         pool = [p for k, p in _POOLS.items() if stated.get(k)]
         if len(pool) != 1 or any(where.glob('*_Dense')): raise InputError('has a pooling that is not supported', file=where, field='retrieve.encoder', hint='mean, cls or max, without a dense layer')
         extra = read_json(f) if (f := where/'config_sentence_transformers.json').exists() else {}
-        model = AutoModel.from_pretrained(where, dtype=dtype).to('cuda' if torch.cuda.is_available() else 'cpu').eval()
+        model = AutoModel.from_pretrained(where, dtype=dtype, use_safetensors=True).to('cuda' if torch.cuda.is_available() else 'cpu').eval()
         return cls(model, AutoTokenizer.from_pretrained(where), pool[0], extra.get('prompts') or {}, digest([file_digest(where), str(dtype)]))
 
 # %% ../nbs/40_retrieve.ipynb #0033
@@ -400,7 +400,7 @@ class Reranker:
     def load(cls, folder: str) -> 'Reranker':
         "Load a sequence classifier with one output."
         if not (Path(folder)/'config.json').exists(): raise InputError('is no folder of a model', file=folder, field='retrieve.reranker')
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=weights_dtype()).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=weights_dtype(), use_safetensors=True).eval()
         if model.config.num_labels != 1: raise InputError(f'has {model.config.num_labels} outputs, a reranker has 1', file=folder, field='retrieve.reranker')
         return cls(model.to('cuda' if torch.cuda.is_available() else 'cpu'), AutoTokenizer.from_pretrained(folder))
 

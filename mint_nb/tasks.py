@@ -88,10 +88,10 @@ def name_tables(
     "What `Catalogue` looks names up in; a synonym that two answers share identifies neither."
     exact, other = {}, {}
     for i, n in names.items():
-        if normalise(n) in exact: raise InputError('two answers have the same name', record=i, field=n)
+        if normalise(n) in exact or not normalise(n): raise InputError('two answers have the same name' if normalise(n) else 'an answer has no name', record=i, field=n)
         exact[normalise(n)] = i
     for i, ss in synonyms.items():
-        for s in map(normalise, ss):
+        for s in filter(None, map(normalise, ss)):
             if s not in exact: other[s] = i if other.get(s, i) == i else None
     return exact, {s: i for s, i in other.items() if i}
 
@@ -172,19 +172,25 @@ class Task:
         note: str,           # the text view ('' for an image task)
         k: int,              # answers asked for
         paper: bool = False, # long instruction
+        names: Sequence[str] = (),   # the candidates, for an instruction that lists them
     ) -> list[dict]:         # chat messages
         "The messages before the answer."
-        ask = f'{note}\n\n' if note else ''
-        return [{'role': 'system', 'content': (self.paper_system if paper else self.system).format(k=k)},
+        ask, system = f'{note}\n\n' if note else '', self.paper_system if paper else self.system
+        if '{names}' in system and not names: raise InputError('the long instruction lists the candidates and got none', field='names', record=self.name)
+        return [{'role': 'system', 'content': system.format(k=k, names=', '.join(names))},
                 {'role': 'user', 'content': f'{ask}List the {k} most likely {self.noun}.'}]
 
-    def answer(self,
-        names: Sequence[str],   # most likely first
-    ) -> str:                   # the assistant's text
-        "Write a list of names in the answer format (methods: section 1)."
-        return '\n'.join([self.header] + [f"{i}. '{n}'" for i, n in enumerate(names, 1)])
-
 # %% ../nbs/02_tasks.ipynb #0028
+@patch
+def answer(self: Task,
+    names: Sequence[str],   # most likely first
+) -> str:                   # the assistant's text
+    "Write a list of names in the answer format (methods: section 1)."
+    return '\n'.join([self.header] + [f"{i}. '{n}'" for i, n in enumerate(names, 1)])
+
+
+
+# %% ../nbs/02_tasks.ipynb #0029
 TASKS = {t.name: t for t in (
     Task('disease', 'note', 'disease', 'POTENTIAL_DISEASES:', 'You are a genetic counselor. Answer with a numbered list.',
          'You are a genetic counselor. Read the clinical note and name EXACTLY {k} potential rare diseases, most likely first. '
@@ -193,7 +199,7 @@ TASKS = {t.name: t for t in (
          'You are a genetic counselor. Read the clinical note and name EXACTLY {k} candidate genes, most likely first. '
          "Answer in this format and add nothing else:\nPOTENTIAL_GENES:\n1. 'GENE'\n2. 'GENE'", 'genes'),
     Task('tissue', 'image', 'tissue', 'MOST_LIKELY_TISSUE:', 'You are a pathologist. Answer with a numbered list.',
-         'You are a pathologist. Look at the cell nuclei and name EXACTLY {k} tissues, most likely first. '
+         'You are a pathologist. Look at the cell nuclei and name EXACTLY {k} of these candidate tissues, most likely first: {names}. '
          "Answer in this format and add nothing else:\nMOST_LIKELY_TISSUE:\n1. 'Tissue'\n2. 'Tissue'", 'tissues', 5))}
 
 def get_task(name: str) -> Task:
@@ -201,7 +207,7 @@ def get_task(name: str) -> Task:
     if name not in TASKS: raise InputError(f'there is no such task; there are {", ".join(TASKS)}', field='task', record=name)
     return TASKS[name]
 
-# %% ../nbs/02_tasks.ipynb #0031
+# %% ../nbs/02_tasks.ipynb #0032
 Rankings = pd.DataFrame
 RANKING_COLUMNS = ('case_id', 'rank', 'answer_id', 'written', 'score', 'prob')
 
@@ -217,7 +223,7 @@ def make_rankings(
         raise InputError('two answers have the same rank', record=bad.case_id, field=f'rank {bad["rank"]}')
     return t.sort_values(['case_id', 'rank'], kind='stable', ignore_index=True)
 
-# %% ../nbs/02_tasks.ipynb #0033
+# %% ../nbs/02_tasks.ipynb #0034
 def rankings_from_scores(
     case_ids: Sequence[str],       # n cases
     scores: np.ndarray,            # (n, N); higher is more likely, -inf excludes
@@ -240,7 +246,7 @@ def rankings_from_scores(
                      prob=None if p is None else p[j]) for r in keep for j in [order[r]]]
     return make_rankings(out)
 
-# %% ../nbs/02_tasks.ipynb #0036
+# %% ../nbs/02_tasks.ipynb #0037
 @runtime_checkable
 class Ranker(Protocol):
     "Anything that answers: teacher, language model, retrieval, classifier, chance."
@@ -258,7 +264,7 @@ class ChanceRanker:
         scores = np.random.default_rng(self.seed).random((len(cases), len(self.catalogue)))
         return rankings_from_scores([c.id for c in cases], scores, self.catalogue, top, bottom)
 
-# %% ../nbs/02_tasks.ipynb #0039
+# %% ../nbs/02_tasks.ipynb #0040
 PROTOCOLS = {'rag': 'RAG', 'cot': 'CoT', 'rag_cot': 'RAG-driven CoT', 'cot_rag': 'CoT-driven RAG'}
 
 class MethodName(NamedTuple):
@@ -271,6 +277,6 @@ def method_name(
     name: str,   # for example 'mint_rag_constrained'
 ) -> MethodName:
     "Take the name of a row apart."
-    plain = name.removesuffix('_constrained')
+    plain = name.removesuffix('_constrained').removesuffix('_wrong_image')
     protocol = max((p for p in PROTOCOLS if plain == p or plain.endswith(f'_{p}')), key=len, default='')
-    return MethodName(plain.removesuffix(protocol).rstrip('_') or (protocol and 'base'), protocol, plain != name)
+    return MethodName(plain.removesuffix(protocol).rstrip('_') or (protocol and 'base'), protocol, name.endswith('_constrained'))

@@ -96,6 +96,19 @@ def test_predict_never_reads_a_diagnosis(smoke_run, tmp_path):
     assert rows('without') == rows('with') and len(rows('with')) > 1
 
 
+def test_predict_with_an_engine(smoke_run, tmp_path):
+    (tmp_path/'c.json').write_text(json.dumps(packet('N1', ['HP:0001250', 'HP:0000729'])))
+    ask = lambda *more: call('predict', '--run', smoke_run.path, '--cases', tmp_path/'c.json', '--out', tmp_path/'out', *more)
+    result = ask('--engine', 'vllm')
+    if result.exit_code: assert result.exit_code == 2 and 'pip install vllm on a CUDA machine' in result.stderr and result.stderr.count('\n') == 1, result.output
+    result = ask('--engine', 'llama.cpp')
+    assert result.exit_code == 2 and 'there are auto, vllm, transformers' in result.stderr and not (tmp_path/'out/predictions.tsv').exists()
+    result = ask('--engine', 'auto', '--method', 'linear')
+    assert result.exit_code == 2 and 'only a student can be served' in result.stderr
+    result = ask('--engine', 'auto', '--method', 'mint_constrained')
+    assert result.exit_code == 0 and result.stdout.startswith(('transformers: vllm is not installed', 'transformers: there is no CUDA', 'vllm: ')) and (tmp_path/'out/predictions.tsv').exists(), result.output
+
+
 def test_predict_needs_a_finished_run(tmp_path):
     (tmp_path/'c.json').write_text(json.dumps(packet('N1', ['HP:0001250'])))
     result = call('predict', '--run', tmp_path, '--cases', tmp_path/'c.json', '--out', tmp_path/'out')

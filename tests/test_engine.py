@@ -1,5 +1,5 @@
 "The engine against TRL's own trainers, against ordinary rows, and against itself with and without its store."
-import os, subprocess, sys, textwrap
+import json, os, subprocess, sys
 
 import pytest, torch
 from datasets import Dataset
@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen
 from mint_nb.bench import Setting, bench_items, bench_student, differences
 from mint_nb.core import InputError, StudentParams, TrainParams
 from mint_nb.engine import (Engine, Item, PreferenceTrainer, TensorStore, mismatched, reference_logps, separate_logps, train, trainer_settings, trl_rows, trl_trainer)
+from mint_nb.launch import launch_command
 from mint_nb.losses import LOSSES
 from mint_nb.students import Student, add_lora, load_student
 
@@ -153,25 +154,41 @@ def test_trl_engine_says_what_it_cannot(tmp_path):
     with pytest.raises(InputError, match='train.nll_on'): train(student, items, 'orpo', TrainParams(engine='trl'), tmp_path, 1)
     with pytest.raises(InputError, match='train.engine'): train(student, items, 'kto', TrainParams(engine='trl'), tmp_path, 1)
 
-def test_two_processes_train_as_one(tmp_path):
-    "Four items an update, whether one process has them or two have half each."
-    code = textwrap.dedent('''
-        import os, sys, torch
-        from mint_nb.bench import *; from mint_nb.engine import Item, train; from mint_nb.core import TrainParams
-        s = Setting(prompt=30, answer=10, batch=8, layers=1)
-        items = [Item(i.case_id, i.prompt, [a[:8] for a in i.answers]) for i in bench_items(s, 1000)]   # answers of one length: means of halves are halves of means
-        student = bench_student(s, 'tiny')
-        train(student, items, 'orpo', TrainParams(batch=4, lr=1e-3, checkpoint_every=100), sys.argv[1], 2)
-        if int(os.environ.get('RANK', 0)) == 0: torch.save(torch.cat([p.detach().flatten() for p in student.model.parameters() if p.requires_grad]), sys.argv[1] + '.pt')
-    ''')
-    (tmp_path/'go.py').write_text(code)
+TWO = """
+import json, os, sys, numpy as np, torch
+from mint_nb.bench import *; from mint_nb.engine import Engine, Item, reference_logps, train; from mint_nb.core import TrainParams
+from mint_nb.losses import LOSSES
+rng = np.random.default_rng(0)
+tokens = lambda lo, hi: rng.integers(10, 1000, rng.integers(lo, hi)).tolist()
+items = [Item(str(i), tokens(10, 40), [tokens(3, 30) for _ in range(2 + i % 2)]) for i in range(5)]      # no two of one length; batches of 4 and of 1
+found = {}
+for loss, how in (('orpo', dict(nll_on='trl')), ('orpo', {}), ('kto', dict(dpo_beta=.5)), ('sft', {})):
+    student = bench_student(Setting(layers=1), 'tiny'); engine = Engine(student)
+    ref = reference_logps(engine, items) if LOSSES[loss].reference else None
+    log = train(student, items, loss, TrainParams(batch=4, lr=1e-2, dpo_lr=1e-2, checkpoint_every=100, **how), f'{sys.argv[1]}/{loss}{len(how)}', 4, 0, ref, engine)
+    found[f'{loss} {how}'] = dict(processes=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1, log=log, weights=torch.cat([p.detach().flatten() for p in student.model.parameters() if p.requires_grad]).tolist())
+if int(os.environ.get('RANK', 0)) == 0: json.dump(found, open(sys.argv[1] + '.json', 'w'))
+"""
+
+def launched(code, folder) -> tuple[dict, dict]:
+    "What a script writes as JSON, run by one process and by two."
+    (folder/'go.py').write_text(code)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MINT_QUIET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
-    for name, how in (('one', [sys.executable]), ('two', launch)):
-        done = subprocess.run([*how, str(tmp_path/'go.py'), str(tmp_path/name)], capture_output=True, text=True, env=env, timeout=300)
+    for name, how in (('one', [sys.executable, str(folder/'go.py')]), ('two', launch_command(TrainParams(processes=2), folder/'go.py'))):
+        done = subprocess.run([*how, str(folder/name)], capture_output=True, text=True, env=env, timeout=900)
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('one', 'two'))
-    same(two, one, 1e-4)
+    return tuple(json.loads((folder/f'{n}.json').read_text()) for n in ('one', 'two'))
+
+def test_two_processes_train_as_one(tmp_path):
+    "Lengths differ and batches do not go into equal parts: loss, gradient, what is logged and the weights are those of one process."
+    one, two = launched(TWO, tmp_path)
+    assert one.keys() == two.keys() and len(one) == 4
+    for how, a in one.items():
+        b = two[how]
+        assert (a['processes'], b['processes']) == (1, 2)
+        assert len(a['log']) == len(b['log']) == 4 and a['log'][0]['loss'] != a['log'][-1]['loss']
+        for x, y in zip(a['log'], b['log']): assert x.keys() == y.keys() and {'loss', 'grad_norm', 'nll', 'chosen_logp'} <= x.keys() and y == pytest.approx(x, rel=1e-4, abs=1e-6), how
+        same(torch.tensor(b['weights']), torch.tensor(a['weights']), 1e-4)
 
 
 def test_benchmark_writes_what_the_table_reads(tmp_path):
@@ -199,3 +216,45 @@ def test_trl_trains_a_method_of_a_run(tmp_path, method):
     assert align(run, method)['status'] == 'done'
     assert sorted(p.name for p in (run/f'align/{method}-0/adapter').iterdir() if p.suffix != '.md') == ['adapter_config.json', 'adapter_model.safetensors']
     load_aligned(run, method)
+
+
+SHARDS = """
+import json, os, sys, torch
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
+from mint_nb.bench import *; from mint_nb.core import TrainParams
+from mint_nb.engine import PreferenceTrainer, SeparateEngine, adapter_digest, save_adapter, trainer_settings, whole
+from peft import load_peft_weights
+student, items = bench_student(Setting(layers=0), 'tiny'), bench_items(Setting(prompt=20, answer=8, batch=3), 1000)
+params = TrainParams(batch=3, engine='separate')
+trainer = PreferenceTrainer(student, SeparateEngine(student), 'orpo', params, args=TrainingArguments(**trainer_settings(params, sys.argv[1], 1, 1e-4, 0)), train_dataset=items)
+before = adapter_digest(student.model)
+if trainer.accelerator.num_processes > 1:
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh('cpu', (2,))
+    for layer in student.model.get_base_model().model.layers: fully_shard(layer, mesh=mesh)
+    fully_shard(student.model, mesh=mesh)
+loss = trainer.training_step(student.model, {'items': items})
+grads = torch.cat([whole(p.grad).flatten() for p in student.model.parameters() if p.grad is not None]).tolist()
+first = trainer.accelerator.is_main_process
+after = adapter_digest(student.model)
+save_adapter(student.model, sys.argv[1] + '/adapter', first)
+if first: json.dump(dict(processes=trainer.accelerator.num_processes, loss=loss.item(), grads=grads, same=before == after, seen=trainer.seen, adapter={k: v.flatten().tolist() for k, v in load_peft_weights(sys.argv[1] + '/adapter').items()}), open(sys.argv[1] + '.json', 'w'))
+"""
+
+def test_a_model_in_shards_trains_as_a_whole_one(tmp_path):
+    "FSDP2 on two CPU processes with a row for each answer: loss, gradient and the adapter on disk are those of the whole model."
+    one, two = launched(SHARDS, tmp_path)
+    assert (one['processes'], two['processes']) == (1, 2) and one['same'] and two['same'] and two['loss'] == pytest.approx(one['loss'], rel=1e-5) and two['seen'] == pytest.approx(one['seen'], rel=1e-5)
+    same(torch.tensor(two['grads']), torch.tensor(one['grads']))
+    assert one['adapter'].keys() == two['adapter'].keys() and all(two['adapter'][k] == pytest.approx(v) for k, v in one['adapter'].items())
+
+@pytest.mark.parametrize('blind', [False, True])
+def test_auto_trains_with_what_the_model_takes(tmp_path, blind):
+    "A model whose attention is not the usual one, as Unsloth makes them: our engine if it takes a mask, TRL's trainer if it is causal whatever it is told."
+    student, items = bench_student(SHORT, 'tiny'), bench_items(SHORT, 1000)
+    for layer in student.model.get_base_model().model.layers:
+        def forward(*a, attention_mask=None, plain=layer.self_attn.forward, **kw): return plain(*a, attention_mask=None if blind else attention_mask, **kw)
+        forward.__module__ = 'unsloth.models.llama'; layer.self_attn.forward = forward
+    log = train(student, items, 'orpo', TrainParams(engine='auto', batch=2, lr=1e-3, checkpoint_every=100), tmp_path, 4)
+    assert len(log) == 4 and ('rewards/accuracies' in log[0]) == blind and ('chosen_logp' in log[0]) != blind

@@ -7,6 +7,7 @@ import nbformat, pytest, yaml
 from conftest import ROOT
 
 NBS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+PAGES = sorted(p for p in (ROOT/'nbs').glob('[a-z]*.ipynb') if p.stem != 'index')   # guides and other pages that export nothing
 STAGES = [p for p in NBS if p.stem[1] == '9']
 EXPORT = re.compile(r'^#\|\s*exporti?\b', re.M)
 read = lambda p: nbformat.read(p, 4)
@@ -14,6 +15,7 @@ code_cells = lambda nb: [c for c in nb.cells if c.cell_type == 'code']
 code = lambda c: '\n'.join(l for l in c.source.splitlines() if l.strip() and not l.strip().startswith('#'))
 modules = {re.search(r'^#\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in code_cells(read(p))), re.M)[1]: p for p in NBS}
 each = pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+every = pytest.mark.parametrize('path', NBS + PAGES, ids=lambda p: p.stem)
 each_stage = pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
 
 
@@ -38,7 +40,7 @@ def test_modules_agree_with_notebook_order():
             assert modules[other].name < path.name, f'{name}.py imports {other}'
 
 
-@each
+@every
 def test_no_outputs(path):
     assert not [i for i, c in enumerate(code_cells(read(path))) if c.outputs or c.execution_count], 'outputs in git: make export clears them'
 
@@ -59,7 +61,7 @@ def nbdev(command: str, cwd: Path) -> None:
 
 def test_notebooks_are_clean(copy):
     nbdev('nbdev_clean', copy)
-    dirty = [p.name for p in NBS if read(p) != read(copy/'nbs'/p.name)]
+    dirty = [p.name for p in NBS + PAGES if read(p) != read(copy/'nbs'/p.name)]
     assert not dirty, f'nbdev_clean changes {", ".join(dirty)}'
 
 
@@ -74,7 +76,8 @@ def test_modules_are_in_sync(copy):
 def test_every_notebook_is_in_the_sidebar():
     contents = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
     listed = [n for e in contents for n in ([e] if isinstance(e, str) else e['contents'])]
-    assert listed == ['index.ipynb'] + [p.name for p in NBS]
+    assert [n for n in listed if n[0].isdigit()] == [p.name for p in NBS], 'in the order of their numbers'
+    assert sorted(n for n in listed if not n[0].isdigit()) == sorted(['index.ipynb'] + [p.name for p in PAGES])
 
 
 @each
@@ -84,7 +87,7 @@ def test_opens_with_name_and_promise(path):
     assert first[-1].startswith('>'), 'nbdev drops what follows the promise in the first cell: make it a cell of its own'
 
 
-@each
+@every
 def test_imports_stand_alone(path):
     for c in code_cells(read(path)):
         if EXPORT.search(c.source): continue
@@ -94,7 +97,7 @@ def test_imports_stand_alone(path):
         assert end or all(imports) or not any(imports), f'imports beside other code, which nbdev runs again for the docs:\n{c.source}'
 
 
-@each
+@every
 def test_no_star_imports_and_no_loading_that_runs_code(path):
     source = '\n'.join(code(c) for c in code_cells(read(path)))
     assert not re.search(r'^\s*from \S+ import \*', source, re.M)

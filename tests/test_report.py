@@ -101,4 +101,4 @@ def test_parameters_do_not_reveal_where_private_data_lie():
     assert 'secret' not in html and 'cases.zip' in html and 'llama' in html
 
 
-def test_every_figure_has_a_caption(): assert set(CAPTIONS) == {'accuracy', 'agreement', 'differences', 'training', 'answers'}
+def test_every_figure_has_a_caption(): assert set(CAPTIONS) == {'accuracy', 'agreement', 'differences', 'training', 'answers', 'confusion', 'maps'}

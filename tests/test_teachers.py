@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from safetensors.torch import save_file
 
 from mint_nb.core import InputError, TeacherParams
 from mint_nb.images import draw_portrait
@@ -95,23 +96,27 @@ def checkpoint(tmp_path):
     model.config.save_pretrained(tmp_path); tok.save_pretrained(tmp_path)
     return model, tmp_path
 
-def test_a_torch_state_dict_is_read(checkpoint, root, cases):
+def test_a_state_dict_is_read(checkpoint, root, cases):
     model, folder = checkpoint
-    torch.save({f'module.{k}': v for k, v in model.state_dict().items()}, folder/'pytorch_model.bin')   # as DataParallel leaves it
+    save_file({f'module.{k}': v.clone() for k, v in model.state_dict().items()}, folder/'model.safetensors')   # as DataParallel leaves it
     loaded, _ = pretrained_vilt(folder, 4)
     assert all((v == loaded.state_dict()[k]).all() for k, v in model.state_dict().items() if k.startswith('vilt.'))
     t = Teacher(CATALOGUE, QUICK.model_copy(update={'weights': str(folder)}), root, image_size=64).fit(cases)
     assert t.image_size == 32 and t.scores(cases).shape == (16, 4)
 
-def test_a_pickle_is_not_run(checkpoint):
+def test_a_pickle_is_not_even_opened(checkpoint, tmp_path):
     import pickle
     class Evil:
-        def __reduce__(self): return (print, ('ran',))
+        def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
     (checkpoint[1]/'pytorch_model.bin').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError, match='pytorch_model.bin, field teacher.weights: is a pickle.*safetensors.torch.save_file'): pretrained_vilt(checkpoint[1], 4)
+    assert not (tmp_path/'ran').exists()
+    (checkpoint[1]/'model.safetensors').write_bytes(pickle.dumps(Evil()))
     with pytest.raises(InputError, match='not a readable state dict'): pretrained_vilt(checkpoint[1], 4)
+    assert not (tmp_path/'ran').exists()
 
 def test_foreign_weights_are_refused(checkpoint, tmp_path):
-    torch.save({'bert.embeddings': torch.zeros(2)}, checkpoint[1]/'pytorch_model.bin')
+    save_file({'bert.embeddings': torch.zeros(2)}, checkpoint[1]/'model.safetensors')
     with pytest.raises(InputError, match='missing or of another shape'): pretrained_vilt(checkpoint[1], 4)
     with pytest.raises(InputError, match='config.json'): pretrained_vilt(tmp_path/'nowhere', 4)
 

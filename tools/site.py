@@ -153,6 +153,8 @@ def render() -> None:
         lost = sorted({l for l in re.findall(f'href="{home}([^"#]+)', text) if not (site/l).exists()})
         if lost: sys.exit(f'{page.name} links to pages that do not exist: {", ".join(lost)}')
         page.write_text(text.replace(f'href="{home}', 'href="').replace(KATEX, 'katex' if local else KATEX))
+    for sheet in site.rglob('*.css'):                                                               # a theme's fonts from elsewhere: the page is read offline, and nobody is told who reads it
+        sheet.write_text(re.sub(r'@import\s+url\(["\']?https?:[^)]*\);?', '', sheet.read_text()))
     shutil.rmtree(DOCS, ignore_errors=True); shutil.move(site, DOCS)
 
 
@@ -168,7 +170,7 @@ def readme() -> bool:
     nb.metadata.language_info = {'name': 'python'}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = NOTE + re.sub(r'\n{3,}', '\n\n', re.sub(r'```(python)?\s*\n```\n', '', text)).strip() + '\n'
-    text = re.sub(r'\]\(([\w-]+\.ipynb)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\(([\w-]+\.(?:ipynb|svg))\)', r'](nbs/\1)', text)
     file = ROOT/'README.md'
     same = file.exists() and file.read_text() == text
     if not same: file.write_text(text)

@@ -21,9 +21,10 @@ def said_of_data(run: Run) -> dict[str, str]:   # question to answer
     "Sources, sizes, splits, preparation."
     card, p = read_json(run/'cases/card.json'), run.params.cohort
     sizes = '; '.join(f"{s} {d['cases']} from {d['groups']} groups" for s, d in card['splits'].items())
-    source = f"{Path(p.source).name}, {card.get('read', '?')} cases read" if p.source else 'simulated from the annotations of the Human Phenotype Ontology; not patients'
-    return {'Source of the cases': f"{source}. HPO {card.get('hpo', 'not used')}",
-            'Eligibility': f'answers with at least {p.min_cases} cases from {p.min_groups} groups (publication, family, patient or slide)' if p.source else f'{p.diseases} answers chosen by seed {p.seed}',
+    made = 'simulated from published morphology; not patients' if run.params.task == 'tissue' else 'simulated from the annotations of the Human Phenotype Ontology; not patients'
+    source = f"{Path(p.source).name}, {card.get('read', '?')} cases read" if p.source else made
+    return {'Source of the cases': source + (f". HPO {card['hpo']}" if card.get('hpo') else ''),
+            'Eligibility': f'answers with at least {p.min_cases} cases from {p.min_groups} groups (publication, family, patient or slide)' if p.source else f'{len(cohort_catalogue(run))} answers, cases drawn by seed {p.seed}',
             'Splits and sizes': f'{sizes}. No group is on two sides',
             'Lost and corrected records': f"{card.get('lost', 0)} lost, {card.get('corrected', 0)} corrected; each is named in cases/card.json",
             'Input of the student': f"the note alone, {card.get('characters_per_note', 0):.0f} characters on average" if run.params.task != 'tissue' else 'the image alone',

@@ -49,24 +49,24 @@ def tile_map(
     steps: int = 4,             # places on the way from there to the tile
 ) -> np.ndarray:                # (grid, grid), rows from the top, nats; larger speaks more for the answer
     "Integrated gradients of the cells of a tile."
-    eyes, kept, plain = tower_of(ranker.student), [], ((torch.as_tensor(fill).float()/255 - .5)/.25)[:, None, None]
+    tower, kept, plain = tower_of(ranker.student), [], ((torch.as_tensor(fill).float()/255 - .5)/.25)[:, None, None]
     way = ((torch.arange(steps) + .5)/steps)[:, None, None, None]
     def walk(module, args):
         c = plain.to(args[0].device); d = args[0].detach() - c
         kept.extend([(c + way.to(c.device)*d).requires_grad_(), d]); return (kept[0],)
-    item, handle = Item(case.id, ranker.context(case), [ranker.names.paths[ranker.catalogue.index[answer]]], ranker.image(case)), eyes.register_forward_pre_hook(walk)
+    item, handle = Item(case.id, ranker.context(case), [ranker.names.paths[ranker.catalogue.index[answer]]], ranker.image(case)), tower.register_forward_pre_hook(walk)
     try: Engine.logps(ranker.engine, [item]*steps).chosen.sum().backward()
     finally: handle.remove()
     ranker.student.model.zero_grad()
-    g, s = eyes.grid, eyes.size//eyes.grid
+    g, s = tower.grid, tower.size//tower.grid
     return (kept[1]*kept[0].grad).sum(1).mean(0).reshape(g, s, g, s).sum((1, 3)).cpu().numpy()
 
 # %% ../nbs/44_attribution.ipynb #0014
 def tower_of(student: Student) -> VisionTower:
     "The tower of a student; where PEFT keeps a trained copy of it, the copy."
-    eyes = student.vision.modules_to_save['default'] if hasattr(student.vision, 'modules_to_save') else student.vision
-    if not isinstance(eyes, VisionTower): raise InputError('has no tower whose cells could be told apart', field='student.model', record=student.name)
-    return eyes
+    tower = student.vision.modules_to_save['default'] if hasattr(student.vision, 'modules_to_save') else student.vision
+    if not isinstance(tower, VisionTower): raise InputError('has no tower whose cells could be told apart', field='student.model', record=student.name)
+    return tower
 
 # %% ../nbs/44_attribution.ipynb #0017
 def true_answer(ranker: CandidateRanker, case: Case, image: Path | str) -> tuple[float, bool]:

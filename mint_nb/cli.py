@@ -109,14 +109,14 @@ def results_csv(
     last = {e['stage']: e for e in run.manifest if e['status'] == 'done'}.values()
     spent, busy = (sum(e.get(k, 0) for e in last) for k in ('seconds', 'cpu_seconds'))
     first = run.manifest[0]
-    lines = [f'{t.cohort.iloc[0]} cohort, profile {run.params.profile}, seeds {", ".join(map(str, run.params.seeds))}, {t.n.max():.0f} test cases; 95 % intervals by group.',
+    lines = [f'{t.cohort.iloc[0]} cohort, profile {run.params.profile}, seeds {", ".join(map(str, run.params.seeds))}, {t.n.max():.0f} test cases of {t.groups.max():.0f} groups; 95 % intervals by group.',
              f'Stages took {minutes(spent)} in all{f" ({minutes(busy)} of processor time)" if busy else ""}, some side by side, on {first["device"]}; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()) + '.']
     d = read_table(run/'analysis/differences.parquet')
     d = d[(d.metric == 'top1') & (d.seeds == d.seeds.max())]
     lines += ['Paired differences of top1: ' + ', '.join(f'{r.a} - {r.b} {r["diff"]:+.4f} ({r.lo:+.4f} to {r.hi:+.4f})' for _, r in d.iterrows()) + '.']*bool(len(d))
     order = {m: i for i, m in enumerate(run.params.methods)}
     t = t.assign(o=t.method.map(order), p=t.metric.map(MAIN.index)).sort_values(['o', 'seed', 'p'])
-    return '\n'.join(f'# {l}' for l in lines) + '\n' + t[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n']].round(4).to_csv(index=False)
+    return '\n'.join(f'# {l}' for l in lines) + '\n' + t[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups']].round(4).to_csv(index=False)
 
 # %% ../nbs/68_cli.ipynb #0022
 def show_report(run: Run) -> None:

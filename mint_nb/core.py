@@ -236,7 +236,7 @@ class StudentParams(Section):
 
 # %% ../nbs/00_core.ipynb #0041
 class VisionParams(Section):
-    "The student's eyes, in a task that shows it an image."
+    "The student's vision tower, in a task that shows it an image."
     weights: Optional[str] = None   # folder of a pretrained vision transformer; None: a small one from scratch
     size: int = 64; patch: int = 8  # pixels a side of the tile that the student sees, and of a patch
     merge: int = 2                  # merge x merge neighbouring patches become one token of the prompt
@@ -305,7 +305,7 @@ class CalibrateParams(Section):
     "Confidence, and what is done about it (42_calibrate)."
     options: int = 4                # of a multiple-choice question
     epochs: float = 1.              # of a treatment, over the training cases
-    lr: float = 5e-5                # set once, on another cohort than the calibration study's: at 2e-4 RCFT lost the task (accuracy .32 to .05, 84 cases)
+    lr: float = 5e-5                # set once, on another cohort than the calibration study's: at 2e-4 RCFT lost the task
     smoothing: float = 0.1          # label smoothing
     weight: float = 1.              # of the calibration loss
     distance: Literal['squared', 'kl'] = 'squared'   # of the calibration loss; squared is the paper's

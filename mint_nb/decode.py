@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .core import InputError, progress
-from .students import OwnEyes, Student
+from .students import OwnVision, Student
 from .tasks import Case, Catalogue, Rankings, Task, make_rankings, normalise
 
 # %% ../nbs/33_decode.ipynb #0006
@@ -174,7 +174,7 @@ def decode_batch(
     images: Sequence[str] = (),         # an image for each prompt, if they show one
 ) -> list[list[int]]:                   # new token ids, without the end token
     "Greedy decoding of one batch of prompts."
-    if images and isinstance(student.vision, OwnEyes): return [own_decode(student, *x, max_new_tokens) for x in zip(prompts, images, states or [None]*len(prompts))]
+    if images and isinstance(student.vision, OwnVision): return [own_decode(student, *x, max_new_tokens) for x in zip(prompts, images, states or [None]*len(prompts))]
     with torch.no_grad(): return continue_batch(student, *encode_prompts(student, prompts, images), max_new_tokens, states)[0]
 
 # %% ../nbs/33_decode.ipynb #0035

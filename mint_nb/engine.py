@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE_BY_SIDE', 'Item', 'Row', 'lay_out', 'sees', 'dense_mask', 'block_mask', 'filled', 'masks_for', 'token_logps',
-           'parts_of', 'first_trainable', 'split_backbone', 'TensorStore', 'eyes_move', 'Engine', 'weights_key',
+           'parts_of', 'first_trainable', 'split_backbone', 'TensorStore', 'vision_trains', 'Engine', 'weights_key',
            'separate_logps', 'shown', 'SeparateEngine', 'Choice', 'patched_by', 'probe', 'choose_engine', 'make_engine',
            'rows_of', 'totals', 'whole', 'adapter_digest', 'reference_logps', 'mismatched', 'share',
            'PreferenceTrainer', 'sharded', 'save_adapter', 'last_checkpoint', 'trainer_settings', 'Bar', 'trl_rows',
@@ -32,7 +32,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, one_cycle, progress
 from .losses import LOSSES, Logps, Total, sft_loss
-from .students import OwnEyes, Student, add_lora, load_student
+from .students import OwnVision, Student, add_lora, load_student
 
 # %% ../nbs/32_engine.ipynb #0006
 @dataclass
@@ -208,10 +208,10 @@ class TensorStore:
         return x
 
 # %% ../nbs/32_engine.ipynb #0036
-def eyes_move(student: Student) -> bool:
-    "Are the eyes trained? Then nothing behind them stays the same."
-    eyes = student.vision if isinstance(student.vision, nn.Module) else student.model if student.vision else nn.Module()
-    return any(p.requires_grad for n, p in eyes.named_parameters() if 'lora' not in n)
+def vision_trains(student: Student) -> bool:
+    "Is the vision tower trained? Then nothing above it stays the same."
+    tower = student.vision if isinstance(student.vision, nn.Module) else student.model if student.vision else nn.Module()
+    return any(p.requires_grad for n, p in tower.named_parameters() if 'lora' not in n)
 
 # %% ../nbs/32_engine.ipynb #0037
 class Engine:
@@ -231,14 +231,14 @@ class Engine:
         self.cap, self.budget = getattr(self.config, 'final_logit_softcapping', None), budget or (16384 if self.device.type == 'cuda' else 512)
         self.half, self.flex = self.head.weight.dtype == torch.bfloat16, self.device.type == 'cuda'    # half: the float32 adapter multiplies in bfloat16 too
         self.multiple = multiple or (512 if self.flex else 1)
-        self.depth = (0 if eyes_move(student) else first_trainable(self.backbone)) if depth is None else depth
+        self.depth = (0 if vision_trains(student) else first_trainable(self.backbone)) if depth is None else depth
         self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
-        self.key, self.eyes = weights_key(self) if self.lower is not None else '', student.vision.weights_key() if student.vision else ''
+        self.key, self.vision_key = weights_key(self) if self.lower is not None else '', student.vision.weights_key() if student.vision else ''
         self.adopt()
 
     def about(self, item: Item) -> list:
-        "What an item's states depend on besides its tokens: the image and the eyes that look at it."
-        return [file_digest(item.image), self.eyes] if item.image else []
+        "What an item's states depend on besides its tokens: the image and the tower that encodes it."
+        return [file_digest(item.image), self.vision_key] if item.image else []
 
     def _autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
@@ -367,7 +367,7 @@ def check(self: Engine) -> None:
     items, mine, mode = [Item(str(i), t[:6], [t[6:9], t[9:]]) for i, t in enumerate(draw)], self.store, self.model.training
     self.store = TensorStore(); self.model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        if isinstance(self.student.vision, OwnEyes): items = shown(self.student, items, folder)     # does it take images as ordinary tokens?
+        if isinstance(self.student.vision, OwnVision): items = shown(self.student, items, folder)     # does it take images as ordinary tokens?
         lp = self.logps(items)
         together, alone = torch.stack([lp.chosen, lp.rejected], 1), torch.stack([separate_logps(self.student, i) for i in items])
     self.store = mine; self.model.train(mode)
@@ -381,7 +381,7 @@ class SeparateEngine:
     "Log-probabilities from an ordinary row for each answer: slow, and right for every model."
     def __init__(self, student: Student, store: Optional[TensorStore] = None):
         self.student, self.model, self.store, self.budget = student, student.model, store or TensorStore(), 1      # an item at a time
-        self.half, self.eyes = student.model.get_output_embeddings().weight.dtype == torch.bfloat16, student.vision.weights_key() if student.vision else ''
+        self.half, self.vision_key = student.model.get_output_embeddings().weight.dtype == torch.bfloat16, student.vision.weights_key() if student.vision else ''
     about = Engine.about
 
     def logps(self, items: Sequence[Item] | Item, prompt: bool = False) -> Logps:

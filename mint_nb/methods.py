@@ -81,7 +81,7 @@ def linear_method(view: str) -> Method:
     return Method(build, lambda run, seed: [], findings=True)
 
 def student_method(method: str) -> Method:
-    "The language model, as it is (`base`; with eyes, if the task shows an image) or trained by a method of 39_align."
+    "The language model, as it is (`base`; with a vision tower, if the task shows an image) or trained by a method of 39_align."
     def needs(run, seed):
         if method == 'base': return needs_warm_up(run, seed) and warm_up(run, seed) and needs_warm_up(run, seed)
         return align(run, method, seed) and [f'align/{method}-{seed}/adapter', *needs_warm_up(run, seed)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'EOS', 'PAD', 'PLACES', 'fetch_wheel', 'smollm2_folder', 'chat_marks', 'Student', 'place_token',
-           'give_eyes', 'eyes_of', 'in_format', 'OwnEyes', 'tiny_model', 'unsloth_usable', 'weights_dtype', 'has_eyes',
-           'mend_tokens', 'load_student', 'linear_names', 'tuned_modules', 'add_lora']
+           'attach_tower', 'attached_tower', 'in_format', 'OwnVision', 'tiny_model', 'unsloth_usable', 'weights_dtype',
+           'has_vision', 'mend_tokens', 'load_student', 'linear_names', 'tuned_modules', 'add_lora']
 
 # %% ../nbs/30_students.ipynb #0003
 import hashlib, inspect, os, re, subprocess, sys, tempfile, warnings, zipfile
@@ -81,7 +81,7 @@ class Student:
     model: Any
     tokenizer: Any
     name: str
-    vision: Any = None   # a `VisionTower` or `OwnEyes`; None: it reads text only
+    vision: Any = None   # a `VisionTower` or `OwnVision`; None: it reads text only
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -139,29 +139,29 @@ def place_token(tokenizer: Any) -> str:
     if not found: raise InputError('its tokenizer has no spare special token for the places of an image', field='student.model', hint='add <image> as a special token')
     return found[0]
 
-def give_eyes(model: Any, tower: VisionTower) -> VisionTower:
+def attach_tower(model: Any, tower: VisionTower) -> VisionTower:
     "Make a tower part of a language model."
     model.vision = tower.to(next(model.parameters()).device)
     return tower
 
-def eyes_of(model: Any) -> Optional[VisionTower]:
+def attached_tower(model: Any) -> Optional[VisionTower]:
     "The tower that is part of a model, if there is one."
     tower = getattr(model, 'vision', None)
     return tower if isinstance(tower, VisionTower) else None
 
 def in_format(model: Any, dtype: torch.dtype) -> Any:
     "A model on the device, its weights in a number format; a tower stays in float32."
-    tower, device = eyes_of(model), 'cuda' if torch.cuda.is_available() else 'cpu'
+    tower, device = attached_tower(model), 'cuda' if torch.cuda.is_available() else 'cpu'
     if tower: del model.vision
     model = model.to(device, dtype)
-    if tower: give_eyes(model, tower)
+    if tower: attach_tower(model, tower)
     return model
 
 # %% ../nbs/30_students.ipynb #0022
 @patch(as_prop=True)
 def place_id(self: Student) -> int:
     "The token that holds a place for a vector of an image."
-    return self.vision.place_id if isinstance(self.vision, OwnEyes) else self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
+    return self.vision.place_id if isinstance(self.vision, OwnVision) else self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
 
 @patch
 def image_ids(self: Student,
@@ -170,7 +170,7 @@ def image_ids(self: Student,
 ) -> list[int]:
     "Token ids of chat messages with the places of an image."
     if self.vision is None: raise InputError('reads text only and cannot be shown an image', field='student.model', record=self.name)
-    if isinstance(self.vision, OwnEyes): return self.vision.ids(messages, image)
+    if isinstance(self.vision, OwnVision): return self.vision.ids(messages, image)
     n, at = self.vision.n_tokens, next(i for i, m in enumerate(messages) if m['role'] == 'user')
     messages[at] = messages[at] | {'content': place_token(self.tokenizer)*n + '\n' + messages[at]['content']}
     text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -198,7 +198,7 @@ def meaning(self: Student,
     return torch.stack([table[self.tokenizer(f' {w}', add_special_tokens=False)['input_ids']].mean(0) for w in words]) - table.mean(0)
 
 # %% ../nbs/30_students.ipynb #0027
-class OwnEyes:
+class OwnVision:
     "The image side of a vision-language model: its processor, and the vectors that stand in its prompts."
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor, self.texts = model, processor, {}
@@ -223,7 +223,7 @@ class OwnEyes:
 
 # %% ../nbs/30_students.ipynb #0028
 @patch
-def inputs(self: OwnEyes, prompt: Sequence[int], answer: Sequence[int], image: str) -> dict:
+def inputs(self: OwnVision, prompt: Sequence[int], answer: Sequence[int], image: str) -> dict:
     "One row of prompt and answer, as the model's `forward` takes it."
     if tuple(prompt) not in self.texts: raise InputError('this prompt was not written by this student', field='image', record=image)
     n, more = len(prompt), len(answer)
@@ -236,7 +236,7 @@ def inputs(self: OwnEyes, prompt: Sequence[int], answer: Sequence[int], image: s
     return {k: longer(k, v).to(device) for k, v in self.read(self.texts[tuple(prompt)], image).items()}
 
 @patch
-def vectors(self: OwnEyes, images: Sequence[str]) -> torch.Tensor:   # (places of all images, H)
+def vectors(self: OwnVision, images: Sequence[str]) -> torch.Tensor:   # (places of all images, H)
     "The vectors that images put into a prompt."
     make = getattr(self.model, 'get_image_features', None)
     if make is None: raise InputError('looks at images by cross-attention, not in its prompt', field='student.model', record=self.model.config.model_type, hint='set train.engine=separate')
@@ -251,7 +251,7 @@ def vectors(self: OwnEyes, images: Sequence[str]) -> torch.Tensor:   # (places o
 @patch
 def row_inputs(self: Student, prompt: Sequence[int], answer: Sequence[int] = (), image: Optional[str] = None) -> dict:
     "One row of prompt and answer as the model's `forward` takes it."
-    if isinstance(self.vision, OwnEyes) and image is not None: return self.vision.inputs(prompt, answer, image)
+    if isinstance(self.vision, OwnVision) and image is not None: return self.vision.inputs(prompt, answer, image)
     ids = torch.tensor([[*prompt, *answer]], device=self.device)
     return {'input_ids': ids} if image is None else {'inputs_embeds': self.embeds(ids, [image])}
 
@@ -275,21 +275,21 @@ def weights_dtype(precision: Literal['auto', 'fp32', 'bf16'] = 'auto') -> torch.
     return torch.bfloat16 if precision == 'bf16' or (precision == 'auto' and native_bf16()) else torch.float32
 
 # %% ../nbs/30_students.ipynb #0036
-def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype, eyes: bool = False) -> tuple[Any, Any]:
-    "Model and tokenizer, or with `eyes` model and processor, from a folder or hub id."
+def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype, images: bool = False) -> tuple[Any, Any]:
+    "Model and tokenizer, or with `images` model and processor, from a folder or hub id."
     try:
         if unsloth_usable():
             from unsloth import FastLanguageModel, FastVisionModel
-            return (FastVisionModel if eyes else FastLanguageModel).from_pretrained(where, max_seq_length=2048, load_in_4bit=load_in_4bit)
+            return (FastVisionModel if images else FastLanguageModel).from_pretrained(where, max_seq_length=2048, load_in_4bit=load_in_4bit)
         if load_in_4bit: raise InputError('4-bit loading needs a CUDA device and the gpu extra', field='student.load_in_4bit', hint='pip install "mint_nb[gpu]"')
-        model = (AutoModelForImageTextToText if eyes else AutoModelForCausalLM).from_pretrained(where, dtype=dtype, use_safetensors=True)
-        return model, (AutoProcessor if eyes else AutoTokenizer).from_pretrained(where)
+        model = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(where, dtype=dtype, use_safetensors=True)
+        return model, (AutoProcessor if images else AutoTokenizer).from_pretrained(where)
     except OSError as e:
         raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,
                          hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'") from e
 
 # %% ../nbs/30_students.ipynb #0037
-def has_eyes(
+def has_vision(
     name: str,   # 'smollm2', 'tiny', a folder or a hub id
 ) -> bool:
     "Whether a checkpoint is a vision-language model."
@@ -315,9 +315,9 @@ def load_student(
     seed: int = 0,                    # of the random weights of 'tiny'
     load_in_4bit: bool = False,
     precision: str = 'auto',          # 'auto', 'fp32' or 'bf16', see `weights_dtype`
-    vision: Optional[Path | str] = None,   # 'own': the model's own eyes; else the folder of a `VisionTower` that becomes a part of it
+    vision: Optional[Path | str] = None,   # 'own': the model's own vision encoder; else the folder of a `VisionTower` that becomes a part of it
 ) -> Student:
-    "Load a language model, mend its padding and end tokens, give it eyes and merge an adapter if they are asked for."
+    "Load a language model, mend its padding and end tokens, attach a vision tower and merge an adapter if asked for."
     processor = None
     if name == 'tiny':
         tok = AutoTokenizer.from_pretrained(smollm2_folder())
@@ -327,10 +327,10 @@ def load_student(
         model, tok = _load_checkpoint(str(smollm2_folder()) if name == 'smollm2' else name, load_in_4bit, dtype if adapter is None else torch.float32, vision == 'own')
         if vision == 'own': processor, tok = tok, tok.tokenizer
     mend_tokens(model, tok, name)
-    if vision not in (None, 'own'): give_eyes(model, load_tower(vision))
+    if vision not in (None, 'own'): attach_tower(model, load_tower(vision))
     if adapter is not None: model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     if name != 'tiny' and not load_in_4bit: model = in_format(model, dtype)   # an adapter is merged in float32
-    return Student(model.eval(), tok, name, OwnEyes(model, processor) if processor else eyes_of(model))
+    return Student(model.eval(), tok, name, OwnVision(model, processor) if processor else attached_tower(model))
 
 # %% ../nbs/30_students.ipynb #0053
 def linear_names(model: Any) -> list[str]:
@@ -341,12 +341,12 @@ def tuned_modules(
     model: Any,
     tune: str,                  # 'projector', 'tower' or 'none'
 ) -> Optional[list[str]]:       # names of modules for PEFT
-    "The part of a model's eyes that is trained besides the adapter."
+    "The part of a model's vision that is trained besides the adapter."
     if tune == 'none': return None
-    if eyes_of(model): return ['vision' if tune == 'tower' else 'vision.projector']
+    if attached_tower(model): return ['vision' if tune == 'tower' else 'vision.projector']
     own = ('multi_modal_projector', 'connector', 'merger', 'aligner', 'mlp1')    # what LLaVA and Llama, SmolVLM, Qwen, Janus and InternVL call theirs
     names = [n for n, _ in model.named_modules() if n.split('.')[-1] in own]
-    if tune == 'tower' or not names: raise InputError('its projector was not found' if not names else 'only the projector of a model with its own eyes can be trained besides the adapter',
+    if tune == 'tower' or not names: raise InputError('its projector was not found' if not names else 'only the projector of a model with its own vision encoder can be trained besides the adapter',
                                                       field='vision.tune', record=type(model).__name__, hint="choose 'projector' or 'none'")
     return names[:1]
 
@@ -365,5 +365,5 @@ def add_lora(
     config = LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout, task_type='CAUSAL_LM',
                         target_modules=linear_names(student.model), layers_to_transform=top, layers_pattern='layers' if top else None, **sees)
     tuned = get_peft_model(student.model, config)
-    vision = student.vision if student.vision is None or isinstance(student.vision, OwnEyes) else tuned.get_base_model().vision   # now with its trained copy
+    vision = student.vision if student.vision is None or isinstance(student.vision, OwnVision) else tuned.get_base_model().vision   # now with its trained copy
     return Student(tuned, student.tokenizer, student.name, vision)

@@ -1,5 +1,5 @@
 """The site and the notebooks in a real browser: headless Chromium (Debian's, by path), driven by Playwright."""
-import functools, http.server, os, re, shutil, socket, subprocess, sys, threading, time
+import functools, http.server, os, re, shutil, socket, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 import nbformat, nbformat.reader, pytest
@@ -88,10 +88,10 @@ def test_navigation(browser, site):
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     "Address of a JupyterLab over a copy of the stage notebooks, with the small recipe."
-    home, token = tmp_path_factory.mktemp('lab'), 'x'*24
+    home, token, runtime = tmp_path_factory.mktemp('lab'), 'x'*24, tempfile.mkdtemp(prefix='lab')   # a socket's path may have 107 characters, and pytest's folders are deep
     for f in STAGES: shutil.copy2(f, home)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = os.environ | {'MINT_QUIET': '', 'HOME': str(home), 'JUPYTER_CONFIG_DIR': str(home/'.config'), 'JUPYTER_DATA_DIR': str(home/'.data'), 'PYTHONPATH': str(ROOT),
+    env = os.environ | {'MINT_QUIET': '', 'HOME': str(home), 'JUPYTER_CONFIG_DIR': str(home/'.config'), 'JUPYTER_DATA_DIR': str(home/'.data'), 'JUPYTER_RUNTIME_DIR': runtime, 'PYTHONPATH': str(ROOT),
                         'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', str(Path.home()/'.cache'))}
     log = open(home/'lab.log', 'w')
     server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--port={port}', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={home}',
@@ -103,7 +103,7 @@ def lab(tmp_path_factory):
         else: pytest.fail((home/'lab.log').read_text()[-2000:])
         yield home, f'http://127.0.0.1:{port}/lab', token
     finally:
-        server.terminate(); server.wait(20)
+        server.terminate(); server.wait(20); shutil.rmtree(runtime, ignore_errors=True)
 
 
 @pytest.mark.parametrize('notebook', STAGES, ids=lambda p: p.stem)
@@ -112,7 +112,8 @@ def test_run_all_in_jupyterlab(browser, lab, notebook):
     home, url, token = lab
     page, errors = opened(browser, f'{url}/workspaces/{notebook.stem}/tree/{notebook.name}?token={token}&reset')
     page.locator('.jp-Notebook .jp-Cell').first.wait_for(timeout=120_000)
-    page.get_by_text('| Idle').first.wait_for(timeout=120_000)
+    try: page.get_by_text('| Idle').first.wait_for(timeout=120_000)
+    except Exception as e: raise AssertionError('the kernel did not start:\n' + (home/'lab.log').read_text()[-3000:]) from e
     page.wait_for_timeout(1000)
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()

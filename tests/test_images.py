@@ -74,5 +74,5 @@ def test_bad_embeddings_are_named(tmp_path, array):
     with pytest.raises(InputError, match='P1.npy'): load_image(tmp_path/'P1.npy')
 
 def test_pickled_embeddings_are_refused(tmp_path):
-    np.save(tmp_path/'P1.npy', np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path/'P1.npy', np.array([{}], dtype=object))
     with pytest.raises(InputError, match='P1.npy'): load_image(tmp_path/'P1.npy')

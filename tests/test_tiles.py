@@ -100,7 +100,7 @@ def test_pannuke_bad_pixels_truncation_and_pickles(tmp_path):
     assert len(kept) + len(lost) == len(made.cases) and all((tmp_path/c.image).exists() for c in kept)
     f.write_bytes(f.read_bytes()[:5000])
     with pytest.raises(InputError, match='truncated'): load_pannuke(where)
-    np.save(f, np.array([{}], dtype=object), allow_pickle=True)
+    np.save(f, np.array([{}], dtype=object))
     with pytest.raises(InputError, match='not a plain NumPy array'): load_pannuke(where)
 
 

@@ -11,7 +11,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 from mint_nb.core import InputError, StudentParams, TrainParams, VisionParams
 from mint_nb.decode import NameTrie, StudentRanker, decode_batch, encode_prompts, generate, score_names
 from mint_nb.engine import Engine, Item, SeparateEngine, caption_items, learn_captions, make_engine, separate_logps, train
-from mint_nb.students import OwnEyes, Student, add_lora, give_eyes, has_eyes, load_student, smollm2_folder
+from mint_nb.students import OwnVision, Student, add_lora, attach_tower, has_vision, load_student, smollm2_folder
 from mint_nb.tasks import Case, Catalogue, get_task
 from mint_nb.vision import load_tower, make_tower
 
@@ -62,9 +62,9 @@ def mllama(folder):
 
 @pytest.fixture(scope='module', params=[llava, mllama], ids=['llava', 'mllama'])
 def own(request, tmp_path_factory):
-    "A student with eyes of its own, and whether its image stands in the prompt."
+    "A student with a vision encoder of its own, and whether its image stands in the prompt."
     where = request.param(tmp_path_factory.mktemp('vlm')/'model')
-    assert has_eyes(where)
+    assert has_vision(where)
     return load_student(where, vision='own', precision='fp32'), request.param is llava
 
 
@@ -75,9 +75,9 @@ def items_for(student, tiles, names=('Liver', 'Colon')):
     return [Item(n, student.prompt_ids(TASK, '', 2, image=image(n)), [answer(n, 'Skin'), answer('Testis', 'Skin')], image(n)) for n in names]
 
 
-def test_own_eyes_are_used(own, tiles):
+def test_own_vision_is_used(own, tiles):
     student, _ = own
-    assert isinstance(student.vision, OwnEyes) and student.vision.place_id in items_for(student, tiles)[0].prompt
+    assert isinstance(student.vision, OwnVision) and student.vision.place_id in items_for(student, tiles)[0].prompt
     a = items_for(student, tiles)[0]
     with torch.no_grad(): seen, other = separate_logps(student, a), separate_logps(student, replace(a, image=str(tiles/'Testis.png')))
     assert (seen - other).abs().max() > 1e-3
@@ -175,15 +175,15 @@ def test_a_text_run_does_not_know_that_images_exist():
 
 def test_warm_up_moves_the_tower_only(tiles):
     student = load_student('tiny')
-    student.vision = give_eyes(student.model, make_tower(VisionParams(size=32, patch=8, hidden=32, layers=1, heads=2), 32))
+    student.vision = attach_tower(student.model, make_tower(VisionParams(size=32, patch=8, hidden=32, layers=1, heads=2), 32))
     text = {n: p.detach().clone() for n, p in student.model.named_parameters() if not n.startswith('vision')}
-    eyes = {n: p.detach().clone() for n, p in student.vision.named_parameters()}
+    before = {n: p.detach().clone() for n, p in student.vision.named_parameters()}
     images = {n: str(tiles/f'{n}.png') for n in CATALOGUE.ids}
     items = caption_items({n: f'nuclei of kind {i}' for i, n in enumerate(images)}, images, student)
     log = learn_captions(student, items, VisionParams(epochs=6, lr=3e-3, batch=2), seed=0)
     assert np.mean(log[-2:]) < np.mean(log[:2])
     assert all(torch.equal(p, text[n]) for n, p in student.model.named_parameters() if n in text)
-    assert sum(not torch.equal(p, eyes[n]) for n, p in student.vision.named_parameters()) > len(eyes)/2
+    assert sum(not torch.equal(p, before[n]) for n, p in student.vision.named_parameters()) > len(before)/2
 
 
 @pytest.mark.parametrize('name, make, words', [
@@ -232,7 +232,7 @@ def test_pannuke_in_three_layouts_reaches_the_student(tmp_path):
 
 
 @pytest.mark.parametrize('epochs', [5, 10])
-def test_words_lesson_of_ten_updates(tiles, epochs):
+def test_ten_updates_on_words(tiles, epochs):
     from mint_nb.vision import learn_words
     tower = make_tower(VisionParams(size=32, patch=8, merge=2, hidden=32, layers=1, heads=2), 32)
     images, captions = [tiles/f'{n}.png' for n in CATALOGUE.ids], ['few large nuclei', 'many small nuclei', 'few small nuclei', 'many large nuclei']

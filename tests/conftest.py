@@ -1,10 +1,11 @@
 """What all tests share: no network, quiet bars, the real data where it is, and one finished smoke run."""
-import os
+import os, shutil
 from pathlib import Path
 
 os.environ |= {'HF_HUB_OFFLINE': '1', 'MINT_QUIET': '1', 'TOKENIZERS_PARALLELISM': 'false'}
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE_METHODS = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint')
@@ -29,7 +30,11 @@ def data() -> Path:
 
 
 @pytest.fixture(scope='session')
-def smoke_run(tmp_path_factory):
-    "A run of the smoke profile, finished through the Python interface."
+def smoke_run(tmp_path_factory, worker_id):
+    "A run of the smoke profile, finished through the Python interface: once for all workers of pytest-xdist, a copy for each."
+    from mint_nb.core import Run
     from mint_nb.pipeline import run_pipeline
-    return run_pipeline(tmp_path_factory.mktemp('runs')/'smoke', 'smoke', {'methods': list(SMOKE_METHODS)}, quiet=True)
+    own = tmp_path_factory.mktemp('runs')/'smoke'
+    first = own if worker_id == 'master' else tmp_path_factory.getbasetemp().parent/'smoke'
+    with FileLock(f'{first}.lock'): run = run_pipeline(first, 'smoke', {'methods': list(SMOKE_METHODS)}, quiet=True)
+    return run if first == own else Run(shutil.copytree(first, own), run.params)

@@ -46,7 +46,7 @@ def test_status_and_report(smoke_run):
 def test_results_to_commit(smoke_run, tmp_path):
     assert call('report', smoke_run.path, '--csv', tmp_path/'results.csv').exit_code == 0
     table = pd.read_csv(tmp_path/'results.csv', comment='#')
-    assert list(table.columns) == ['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n'] and set(table.method) == set(SMOKE_METHODS)
+    assert list(table.columns) == ['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups'] and set(table.method) == set(SMOKE_METHODS)
     assert 'simulated' in (tmp_path/'results.csv').read_text().splitlines()[0]
 
 

@@ -1,5 +1,5 @@
 """The pipeline from end to end with the smoke profile: Python interface, command, plain papermill, kill -9 and resume."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pandas as pd, psutil, pytest, yaml
@@ -123,32 +123,22 @@ def start(run: Path, methods: tuple) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heeds_ctrl_c)
 
 
-def test_killed_in_training_and_started_again_ends_with_the_same_table(smoke_run, tmp_path):
-    "Anywhere else: test_chaos.py."
+def test_ctrl_c_in_training_is_clean_and_the_same_command_ends_with_the_same_table(smoke_run, tmp_path):
+    "kill -9, and anywhere: test_chaos.py."
     methods, at = ('chance', 'mint'), '39_align-mint-0'
-    delay = random.SystemRandom().uniform(0, 5)
-    print(f'kill -9 in {at}, {delay:.2f} s after its start')
     process, limit = start(tmp_path/'r', methods), time.time() + 240
     while not (tmp_path/f'r/notebooks/{at}.ipynb').exists():
         assert process.poll() is None and time.time() < limit, process.stdout.read()
         time.sleep(.05)
-    time.sleep(delay)
-    if process.poll() is None: kill(process)
-    again = start(tmp_path/'r', methods)
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, out
-    assert (status(tmp_path/'r').state == 'done').all()
-    pd.testing.assert_frame_equal(results(tmp_path/'r', methods), results(smoke_run.path, methods))
-
-
-def test_ctrl_c_is_clean(tmp_path):
-    process = start(tmp_path/'r', ('chance',))
-    while not (tmp_path/'r/notebooks/09_cohort.ipynb').exists(): time.sleep(.05)
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and 'the same command goes on from here' in out and 'Traceback' not in out, out
     assert not psutil.wait_procs(kernels, timeout=10)[1], 'a kernel was left behind'
+    again = start(tmp_path/'r', methods)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and (status(tmp_path/'r').state == 'done').all(), out
+    pd.testing.assert_frame_equal(results(tmp_path/'r', methods), results(smoke_run.path, methods))
 
 
 def test_a_failure_in_a_group_stops_the_rest_and_keeps_what_runs():

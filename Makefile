@@ -43,6 +43,20 @@ KILLS ?= 50
 chaos: .make/env  ## kill -9 the smoke pipeline KILLS=50 times at random moments and compare its tables, into benchmarks/chaos.json
 	$(QUIETLY) MINT_KILLS=$(KILLS) MINT_CHAOS=benchmarks/chaos.json $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_chaos.py
 
+.PHONY: lint
+lint: .make/env  ## ruff over notebooks, modules and tests; types of the modules by mypy
+	$(BIN)/ruff check -q nbs mint_nb tests tools
+	$(BIN)/mypy
+
+COVER = $(QUIETLY) $(BIN)/coverage run --source=mint_nb --parallel-mode
+.PHONY: coverage
+coverage: .make/env  ## which lines of the package the notebooks and tests run, into benchmarks/coverage.txt (half an hour)
+	$(BIN)/coverage erase
+	$(COVER) $(BIN)/nbdev_test --n_workers $(WORKERS)
+	$(COVER) -m pytest tests -q -n $(WORKERS) --dist loadfile
+	$(BIN)/coverage combine -q
+	{ echo '# make coverage, $(shell date +%F): lines of the package that notebooks and tests run, those of subprocesses and kernels among them'; $(BIN)/coverage report; } > benchmarks/coverage.txt
+
 .PHONY: audit
 audit:  ## look the pinned versions up among known vulnerabilities; says so when the database cannot be reached
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/audit.py
@@ -104,8 +118,9 @@ prepare: .make/env  ## before a commit: export, clean, test, site
 	$(MAKE) docs
 
 .PHONY: hooks
-hooks: .make/env  ## git hooks that keep notebooks clean and merge them
+hooks: .make/env  ## git hooks: notebooks stay clean, merge cell by cell, agree with the modules and pass ruff
 	$(BIN)/nbdev_install_hooks
+	$(BIN)/pre-commit install
 
 .PHONY: clean
 clean:  ## remove what was built (not runs/, not .venv)

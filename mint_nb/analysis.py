@@ -22,7 +22,7 @@ from .predict import predict_method
 from .attribution import masking_effect
 from .report import (COLUMNS, TILE_COLUMNS, all_figures, balanced_scores, confusion, confusion_figure, map_figure, bullets, figure_html, headline, how_made_html, in_order, look, page_html, para, results_markdown,
                             results_wide, save_figure, section, table_html, worked_cases_html, write_report)
-from .reporting import checklist, checklist_markdown
+from .reporting import cards_html, checklist, checklist_markdown
 
 # %% ../nbs/59_analysis.ipynb #0005
 def answer_files(run: Run) -> dict[tuple[str, int], Path]:
@@ -144,7 +144,7 @@ def make_report(run: Run, answers: dict, tables: dict, cases: list[Case]) -> Non
     intro = 'Cases drawn at random by the seed, not chosen. ' + ('All methods are shown the tile; the teacher has also learnt from captions.' if get_task(p.task).view == 'image' else
              'A student reads only the note; the teacher also sees the portrait, which is a schematic drawing and shows no real person.')
     parts = [_results_section(run, tables, footer), section('Figures', *shown), _small_tables(run, tables, footer),
-             section('Worked cases', para(intro), worked), section('How it was made', how_made_html(p.model_dump(mode='json'), run.manifest), para('What a paper has to report about this run, answered as far as it can be: checklist.md in this folder.'))]
+             section('Worked cases', para(intro), worked), section('How it was made', how_made_html(p.model_dump(mode='json'), run.manifest), cards_html(run))]
     badges = [footer, f'profile {p.profile}', f'{len(catalogue)} {get_task(p.task).noun}', f'seeds {", ".join(map(str, p.seeds))}']
     page = page_html(f'{p.task.capitalize()} task: what the students learnt', badges, parts)
     check_page(run, page, run/'analysis/report.html')

@@ -665,7 +665,7 @@ def external_references(
     page: str,           # HTML
 ) -> list[str]:
     "Addresses that a browser would fetch while showing the page."
-    tag = re.compile(r'<[^>]+?(?:src|srcset|href|poster|data)\s*=\s*["\']?(?!data:|#)([^"\'\s>]+)', re.I)
+    tag = re.compile(r'<(?!a\s)[^>]+?(?:src|srcset|href|poster|data)\s*=\s*["\']?(?!data:|#)([^"\'\s>]+)', re.I)
     css = re.compile(r'(?:url\(|@import)\s*["\']?(?!data:|#)([^"\')\s]+)', re.I)
     styles = ' '.join(re.findall(r'<style.*?</style>|style="[^"]*"', page, re.S))
     return tag.findall(page) + css.findall(styles) + re.findall(r'<(?:script|iframe|object|embed)\b', page, re.I)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUTHORS', 'ALWAYS', 'said_of_data', 'said_of_models', 'said_of_results', 'Answered', 'checklist',
-           'checklist_markdown']
+           'checklist_markdown', 'cards_html']
 
 # %% ../nbs/51_reporting.ipynb #0003
+import html
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,3 +85,11 @@ def checklist_markdown(found: list[Answered]) -> str:
     rows = [f'| {a.part} | {a.question} | {"*to be written:* " if a.open else ""}{cell(a.answer)} |' for a in found]
     return ('# Reporting checklist\n\nAfter TRIPOD-LLM (doi 10.1038/s41591-024-03425-5) and MI-CLAIM-GEN (arXiv 2403.02558); the questions are in our words.\n\n'
             '| part | question | answer |\n|---|---|---|\n' + '\n'.join(rows) + '\n')
+
+# %% ../nbs/51_reporting.ipynb #0021
+def cards_html(run: Run) -> str:
+    "Links from the report to the checklist and to the cards of cases and pairs."
+    cards = [('checklist.md', 'what a paper has to report about this run'), ('../cases/card.json', 'the cases')]
+    cards += [(f'../preferences/{p.parent.name}/README.md', f'preference pairs {p.parent.name}') for p in sorted(run.path.glob('preferences/*/README.md'))]
+    links = ', '.join(f'<a href="{html.escape(to)}">{html.escape(text)}</a>' for to, text in cards)
+    return f'<p>Cards: {links}. A student gets its card when it is exported (<code>mint-nb export</code>).</p>'

@@ -1,5 +1,5 @@
 """The pipeline from end to end with the smoke profile: Python interface, command, plain papermill, kill -9 and resume."""
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pandas as pd, psutil, pytest, yaml
@@ -34,6 +34,9 @@ def test_everything_is_there(smoke_run):
     assert copies == {s.name for s in plan(smoke_run.params)}
     report = (smoke_run/'analysis/report.html').read_text()
     assert 'simulated' in report.lower() and 'not for clinical decision making' in report and 'src="http' not in report
+    links = set(re.findall(r'href="([^"#]+)"', report))
+    assert {'checklist.md', '../cases/card.json', '../preferences/mint-0/README.md'} <= links
+    assert all((smoke_run/'analysis'/l).exists() for l in links if not l.startswith('http'))
 
 
 def test_no_group_crosses_the_splits(smoke_run):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import numpy as np, pandas as pd, torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from .core import InputError, Params, Run, atomic_path, read_json, read_table, run_stage, write_json, write_table
+from .core import InputError, Params, Run, atomic_path, read_json, run_stage, write_json, write_table
 from .tasks import get_task
 from .vision import learn_words, make_tower
 from .cohort import cohort_captions, cohort_cases, make_cohort, shows_cases

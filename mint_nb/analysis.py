@@ -7,7 +7,6 @@ __all__ = ['NOT_SHOWN', 'answer_files', 'training_log', 'cohort_name', 'score_ru
            'masking_sentences', 'tile_figures', 'make_report', 'make_tables', 'analysis']
 
 # %% ../nbs/59_analysis.ipynb #0003
-import shutil
 from pathlib import Path
 
 import pandas as pd

@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'bin_of', 'reliability', 'folded_mean', 'calibration_erro
            'EceBounds', 'ece_bounds', 'Conformal', 'conformity', 'fit_conformal', 'conformal_lists', 'list_table']
 
 # %% ../nbs/08_calibration.ipynb #0003
-from typing import Literal, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
 

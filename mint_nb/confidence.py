@@ -20,12 +20,12 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
-from .align import SCHEDULES, align, items_of, load_aligned, updates
+from .align import SCHEDULES, align, items_of, updates
 from .calibrate import CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
 from .calibration import MEASURES, calibration_error, calibration_table, conformal_lists, fit_conformal, list_table, normalised, perfect_band, reliability, resamples, top, with_interval
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
-from .core import InputError, Params, Run, atomic_path, open_params, open_run, progress, read_json, read_table, run_stage, write_json, write_table
+from .core import InputError, Params, Run, atomic_path, open_params, progress, read_table, run_stage, write_json, write_table
 from .engine import Engine, TensorStore, reference_logps, trainer_settings
 from .losses import LOSSES
 from .metrics import draw_counts
@@ -136,7 +136,7 @@ def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = '
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
 # %% ../nbs/62_confidence.ipynb #0024
-GRID = {**{m: ('none', 'temperature', 'smoothing', 'cft', 'rcft') for m in ('base', 'sft', 'dpo', 'mint')}, 'mint_cal': ('none', 'temperature')}
+GRID = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), 'mint_cal': ('none', 'temperature')}
 REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', 'mint_cal')}
 
 def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -> str:
@@ -240,7 +240,6 @@ def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> 
 # %% ../nbs/62_confidence.ipynb #0043
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
-    card = read_json(run/'cases/card.json')
     cohort = 'phenopackets' if run.params.cohort.source else 'simulated'
     names, letters = (grid_values(run, grid, seeds, form) for form in ('names', 'letters'))
     sizes = {part: (len(a.truth), len(set(a.groups))) for part, a in cell(run, next(iter(grid)), 'none', seeds[0]).items()}

@@ -9,9 +9,9 @@ __all__ = ['PLAIN', 'CLIP_NORM', 'DualView', 'DUAL_VIEWS', 'UNSEEN', 'caption_to
            'scored_in_folds', 'compare_in_folds', 'tile_benchmark']
 
 # %% ../nbs/13_dual.ipynb #0003
-import copy, re
+import copy
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, Optional, Sequence
+from typing import Any, Literal, Optional, Sequence
 
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -31,7 +31,7 @@ from .images import load_image
 from .metrics import grouped_bootstrap
 from .nuclei import MORPHOLOGY, caption_words, describe_tile, random_tiles, tissue_texts
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
-from .teachers import cross_fit, folds_of, read_weights
+from .teachers import folds_of, read_weights
 from .tiles import load_tiles, stain_jitter, tissue_catalogue, turned
 
 # %% ../nbs/13_dual.ipynb #0007

@@ -11,7 +11,6 @@ __all__ = ['endpoint_address', 'api_key', 'request_body', 'ReplyCache', 'RateLim
 import contextlib, email.utils, functools, os, re, socket, subprocess, sys, tempfile, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence

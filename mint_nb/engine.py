@@ -32,7 +32,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, one_cycle, progress
 from .losses import LOSSES, Logps, Total, sft_loss
-from .students import OwnVision, Student, add_lora, load_student
+from .students import OwnVision, Student
 
 # %% ../nbs/32_engine.ipynb #0006
 @dataclass
@@ -513,7 +513,7 @@ def zero_point(self: PreferenceTrainer, mine: Sequence[tuple[Item, int]]) -> flo
     "Mean log-ratio of answers that belong to other prompts over the whole batch, at least zero."
     some = [self.others[i.case_id] for i, w in mine if w]
     lps = [self.engine.logps(r) for r in rows_of(some, self.engine.budget)]
-    now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
+    now = sum(torch.cat([l.chosen, l.rejected]).sum().item() for l in lps)
     off, count = self.over_all([now - sum(sum(self.other_reference[i.case_id]) for i in some), sum(len(i.answers) for i in some)])
     return max(0., off/count)
 

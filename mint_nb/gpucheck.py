@@ -224,7 +224,7 @@ def the_parts(out: Path, shape: str, b: Batch, repeats: int, small: bool) -> dic
 
 def stack() -> dict[str, str]:
     "What the figures depend on besides the device."
-    found = {k: v for k, v in versions().items()}
+    found = dict(versions())
     for p in ('triton', 'unsloth', 'flash-attn', 'vllm'):
         try: found[p] = version(p)
         except PackageNotFoundError: pass

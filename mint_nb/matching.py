@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from .core import InputError
 from .ontology import Ontology, read_tsv
 from .patients import documents
-from .tasks import Case, Catalogue, Ranker, Rankings, Resolved, make_rankings, rankings_from_scores
+from .tasks import Case, Catalogue, Rankings, Resolved, make_rankings, rankings_from_scores
 
 # %% ../nbs/11_matching.ipynb #0007
 def catalogue_of(

@@ -14,7 +14,7 @@ __all__ = ['ARCHITECTURES', 'GLANDULAR', 'SOLID', 'MORPHOLOGY', 'TISSUES', 'FIEL
 
 # %% ../nbs/06_nuclei.ipynb #0003
 import re, zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Callable, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np

@@ -71,7 +71,7 @@ def parse_obo(
         if id in seen or not s.get('name') and 'is_obsolete' not in s: raise InputError('the term is there twice' if id in seen else 'the term has no name', file=path, record=id)
         seen.add(id)
         if s.get('is_obsolete') == ['true']: merged[id] = s.get('replaced_by', [''])[0].split(' ')[0]; continue
-        merged |= {a: id for a in s.get('alt_id', ())}
+        merged |= dict.fromkeys(s.get('alt_id', ()), id)
         synonyms = [m[1] for m in (re.match(r'"(.*?)"', x) for x in s.get('synonym', ())) if m]
         rows.append((id, s['name'][0], synonyms, [p.split(' ')[0] for p in s.get('is_a', ())]))
     if not version or not rows: raise InputError('has no data-version or no terms; is it the HPO in OBO format?', file=path)
@@ -194,8 +194,7 @@ def diseases(self: Ontology) -> dict[str, str]:
 @patch
 def disease_synonyms(self: Ontology, disease_id: str) -> list[str]:
     "Other spellings of a disease's name in the annotation file."
-    self.diseases
-    return self._disease_synonyms.get(disease_id, [])
+    return self._disease_synonyms.get(disease_id, []) if disease_id in self.diseases else []
 
 # %% ../nbs/01_ontology.ipynb #0039
 def _build_cache(folder: Path, out: Path) -> None:

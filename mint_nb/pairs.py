@@ -25,7 +25,7 @@ def case_orders(
     catalogue: Catalogue,    # N answers
 ) -> dict[str, list[str]]:   # case id to answer ids, most likely first
     "The teacher's order for each case, checked to reach down to the last answer."
-    by_case = {i: t for i, t in rankings.groupby('case_id', sort=False)}
+    by_case = dict(list(rankings.groupby('case_id', sort=False)))
     orders = {}
     for c in cases:
         if c.id not in by_case: raise InputError('the teacher has not ranked this case', record=c.id, field='rankings')

@@ -24,7 +24,7 @@ from typing import Any, Iterable, Iterator, Literal, Optional, Sequence
 import numpy as np, pandas as pd
 
 from .core import CohortParams, InputError, digest, printable, progress, read_table
-from .ontology import UNSTATED, Ontology, load_ontology
+from .ontology import UNSTATED, Ontology
 from .tasks import Case, Catalogue, Finding, normalise
 
 # %% ../nbs/04_patients.ipynb #0006

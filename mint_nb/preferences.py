@@ -6,15 +6,13 @@
 __all__ = ['variant_of', 'dataset_card', 'preferences', 'write_preferences', 'preference_rows']
 
 # %% ../nbs/29_preferences.ipynb #0003
-import json
-from pathlib import Path
-from typing import Optional, Sequence
+from typing import Optional
 
 import pandas as pd, yaml
 
 from .cohort import cohort_cases, cohort_catalogue, make_cohort, shows_cases
 from .core import InputError, Run, atomic_path, read_json, read_table, run_stage, write_json
-from .pairs import Problem, checks, make_pairs, pair_summary, refuse, without_cases
+from .pairs import checks, make_pairs, pair_summary, refuse, without_cases
 from .tasks import get_task, method_name
 from .upstream import teacher_rankings, upstream
 

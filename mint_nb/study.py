@@ -210,7 +210,7 @@ def piece_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
     t = pd.concat(parts, ignore_index=True)
     number = lambda column: t[column].map({v: i for i, v in enumerate(sorted(t[column].unique()))})
     t = t.assign(case=number('case_id'), group=number('group'))
-    return t[['condition', 'method', 'seed', 'case', 'group', 'face', *KEEP]].astype({k: 'float32' for k in KEEP})
+    return t[['condition', 'method', 'seed', 'case', 'group', 'face', *KEEP]].astype(dict.fromkeys(KEEP, 'float32'))
 
 # %% ../nbs/61_study.ipynb #0031
 def general_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:

@@ -9,15 +9,15 @@ __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'PROTOCOLS', 'Finding', 'Case
 
 # %% ../nbs/02_tasks.ipynb #0003
 import json, re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, NamedTuple, Optional, Protocol, Sequence, runtime_checkable
+from typing import Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, runtime_checkable
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from rapidfuzz import fuzz, process   # C++ string similarity; difflib would need seconds per answer over 8,000 names
 
-from .core import InputError, digest, read_table, write_table
+from .core import InputError, read_table, write_table
 
 # %% ../nbs/02_tasks.ipynb #0006
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ __all__ = ['View', 'MISSING', 'CONVERT', 'MIX', 'WORDS_FASTER', 'phrases', 'word
            'load_teacher', 'folds_of', 'cross_fit']
 
 # %% ../nbs/10_teachers.ipynb #0003
-import json, re
-from dataclasses import replace
+import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 

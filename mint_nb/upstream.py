@@ -10,7 +10,7 @@ from typing import Any, Callable, Literal, Optional, Sequence
 
 import numpy as np
 
-from .core import InputError, Run, read_json, read_table, run_stage, write_json, write_table
+from .core import InputError, Run, read_table, run_stage, write_json, write_table
 from .tasks import Case, Catalogue, Rankings, get_task, rankings_from_scores
 from .cohort import cohort_captions, cohort_cases, cohort_catalogue, make_cohort
 from .dual import DUAL_VIEWS, DualTeacher

@@ -10,7 +10,7 @@ __all__ = ['read_pixels', 'VisionTower', 'make_tower', 'load_tower', 'caption_wo
 import functools, re
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Callable, Sequence
 
 import numpy as np, torch
 from fastcore.basics import patch

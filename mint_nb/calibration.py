@@ -168,7 +168,8 @@ def perfect_band(
     "Calibration error of a model whose stated confidences are true."
     rng = np.random.default_rng(seed)
     found = [calibration_error(confidence, rng.random(len(confidence)) < confidence, **options)[0] for _ in range(draws)]
-    return tuple(map(float, np.percentile(found, [2.5, 50, 97.5])))
+    low, middle, high = map(float, np.percentile(found, [2.5, 50, 97.5]))
+    return low, middle, high
 
 # %% ../nbs/08_calibration.ipynb #0036
 class EceBounds(NamedTuple):

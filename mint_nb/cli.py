@@ -66,7 +66,7 @@ def case_overrides(
 ) -> dict:                       # overrides with dotted names
     "Overrides that follow from real cases and their cap."
     if max_cases is not None and max_cases < 0: raise InputError(f'must be 0 or more, not {max_cases}', field='--max-cases')
-    out = dict(REAL) if cases and profile == 'laptop' else {}
+    out: dict[str, Any] = dict(REAL) if cases and profile == 'laptop' else {}
     if cases:
         if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
         out['cohort.source'] = str(cases.resolve())

@@ -374,8 +374,8 @@ def resolve_params(
     if not os.path.isfile(path):
         raise InputError(f'no such profile; there are {sorted(p.stem for p in PROFILES.glob("*.yaml") if "-" not in p.stem)}', field='profile', record=profile)
     recipe = {'profile': path.stem} | read_yaml(path)
-    own = {t: path.with_name(f'{path.stem}-{t}{path.suffix}') for t in get_args(Params.model_fields['task'].annotation)}
-    own = own.get(str(over.get('task', recipe.get('task', 'disease'))))                                     # what the task wants otherwise
+    per_task = {t: path.with_name(f'{path.stem}-{t}{path.suffix}') for t in get_args(Params.model_fields['task'].annotation)}
+    own = per_task.get(str(over.get('task', recipe.get('task', 'disease'))))                                     # what the task wants otherwise
     if own and own.exists(): recipe = _merge(recipe, read_yaml(own))
     return checked_params(_merge(recipe, over), path.name)
 

@@ -61,7 +61,7 @@ def small_clip(
     return model
 
 # %% ../nbs/13_dual.ipynb #0013
-PLAIN = ((.75, .6, .75), (.2, .2, .2))   # mean and spread of H&E tiles, red, green, blue; pretrained weights bring their own
+PLAIN: tuple = ((.75, .6, .75), (.2, .2, .2))   # mean and spread of H&E tiles, red, green, blue; pretrained weights bring their own
 
 def pixels(
     tiles: np.ndarray,        # (n, S, S, 3) bytes, or floats in 0-1
@@ -191,7 +191,8 @@ class DualTeacher:
         if unknown: raise InputError('has no documented morphology', record=unknown[0], field='catalogue', hint='add a line to the table of 06_nuclei')
         self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
         self.image_size, self.captions, self.norm, self._tiles = image_size, captions or {}, PLAIN, {}
-        self.clip = self.tuned = self.tok = self.head = None      # towers, fine-tuned image tower, tokenizer, weights of probe and fine-tuned head
+        self.clip: Any = None; self.tuned: Any = None; self.tok: Any = None      # towers, the fine-tuned image tower, tokenizer
+        self.head: dict[str, np.ndarray] = {}                                    # weights of probe and fine-tuned head
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../nbs/13_dual.ipynb #0036
@@ -266,11 +267,11 @@ def tune(self: DualTeacher, cases: Sequence[Case], truth: np.ndarray, desc: str)
     w, b = (nn.Parameter(torch.tensor(self.head[k], dtype=torch.float32, device=self.device)) for k in ('probe_w', 'probe_b'))
     weights = [w, b, *self.tuned.vision_model.parameters(), *self.tuned.visual_projection.parameters()]
     opt, plan = schedule(weights, p.tune_epochs*parts, p.tune_lr, p.weight_decay)
-    tiles, truth = self.tiles(cases), torch.tensor(truth, device=self.device)
+    tiles, target = self.tiles(cases), torch.tensor(truth, device=self.device)
     for _ in progress(range(p.tune_epochs), desc):
         for part in np.array_split(rng.permutation(len(cases)), parts):
             x = pixels(turned(stain_jitter(tiles[part], rng, p.stain), rng), self.norm).to(self.device)
-            loss = F.cross_entropy(embed_tiles(self.tuned, x) @ w + b, truth[part])
+            loss = F.cross_entropy(embed_tiles(self.tuned, x) @ w + b, target[part])
             opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
     self.tuned.eval()
     self.head |= {'tuned_w': w.detach().double().cpu().numpy(), 'tuned_b': b.detach().double().cpu().numpy()}

@@ -88,7 +88,7 @@ class GeneCatalogue(Catalogue):
 
     def resolve(self, name: str) -> Resolved:
         "Find the gene that a written name means."
-        found = super().resolve(name)
+        found = Catalogue.resolve(self, name)
         if found.id: return found
         m = re.match(r'''\W*([A-Z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*)['"`*_\s]*(?:[(\[:;,/–—]|- |gene\b)''', str(name))
         return Resolved(self._symbols[m[1]], 'exact', 1.0) if m and m[1] in self._symbols else found

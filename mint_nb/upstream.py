@@ -20,7 +20,7 @@ from .teachers import Teacher, cross_fit
 def accuracy(
     scores: np.ndarray,        # (n, N)
     cases: Sequence[Case], catalogue: Catalogue, label: str,
-) -> dict[str, float]:         # top1, top5, n
+) -> dict[str, Optional[float]]:   # top1, top5 (None without a known truth), n
     "Share of cases whose truth is first, or among the first five."
     at = [(i, catalogue.index[c.labels[label]]) for i, c in enumerate(cases) if c.labels.get(label) in catalogue]
     if not at: return dict(top1=None, top5=None, n=0)

@@ -471,9 +471,9 @@ def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[Name
 def rank(self: StudentRanker, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
     "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
     todo = [c for c in cases if c.id not in self.texts]
-    images: Sequence[Optional[str]] = images_of(self.task, todo, self.folder)
-    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, i, list(self.catalogue.names.values()))
-               for c, i in zip(todo, images or [None]*len(todo))]
+    images = images_of(self.task, todo, self.folder)
+    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, images[n] if images else None, list(self.catalogue.names.values()))
+               for n, c in enumerate(todo)]
     def keep(positions, texts):
         new = {todo[i].id: t for i, t in zip(positions, texts)}
         self.texts.update(new)

@@ -126,7 +126,7 @@ def write_pheval(folder: Path | str, table: pd.DataFrame, cases: Sequence[Case],
     return folder
 
 # %% ../nbs/43_deliver.ipynb #0034
-def case_record(case: Case, table: pd.DataFrame, ontology: Ontology, label: str = 'disease') -> dict:
+def case_record(case: Case, table: pd.DataFrame, ontology: Optional[Ontology], label: str = 'disease') -> dict:
     "One case with its note, and each answer with the findings for and against it."
     why = {'disease': lambda r: evidence(case, r['disease_id'], ontology), 'gene': lambda r: gene_evidence(case, r['gene_name'], ontology)}.get(label, lambda r: {})
     answers = [{'rank': int(r['rank']), f'{label}_id': r[f'{label}_id'] or None, f'{label}_name': r[f'{label}_name'], 'score': float(r['score'])} | why(r)

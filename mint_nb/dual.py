@@ -356,7 +356,7 @@ def texture_features(
 class TextureRanker:
     "Logistic regression on colour and texture."
     name = 'texture'
-    def __init__(self, scaler: StandardScaler, model: LogisticRegression, catalogue: Catalogue, root: Path, size: int):
+    def __init__(self, scaler: StandardScaler, model: LogisticRegression, catalogue: Catalogue, root: Path | str, size: int):
         self.scaler, self.model, self.catalogue, self.root, self.size = scaler, model, catalogue, Path(root), size
 
     def scores(self, cases: Sequence[Case]) -> np.ndarray:

@@ -482,7 +482,7 @@ def share(
 # %% ../nbs/32_engine.ipynb #0091
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
-    def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
+    def __init__(self, student: Student, engine: Engine | SeparateEngine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
         super().__init__(model=student.model, data_collator=lambda items: {'items': items}, **kw)
         self.engine, self.loss, self.params, self.reference, self.seen, self.updates = engine, LOSSES[loss], params, reference or {}, {}, 0
         self.others = {i.case_id: i for i in mismatched(self.train_dataset)} if self.loss.kl else {}

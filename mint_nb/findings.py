@@ -161,7 +161,7 @@ def with_extracted(case: Case, extraction: Extraction) -> Case:
 
 # %% ../nbs/12_findings.ipynb #0031
 def resampled_sums(
-    counts: np.ndarray,        # (n, c) counts of each note
+    counts: Sequence | np.ndarray,   # (n, c) counts of each note
     groups: Sequence[str],     # of each note
     bootstrap: int,            # resamples
 ) -> np.ndarray:               # (1 + bootstrap, c): of all notes, and of the notes of resampled groups
@@ -180,7 +180,7 @@ def extraction_scores(
     bootstrap: int = 2000,                    # resamples
 ) -> pd.DataFrame:                            # terms ('exact', 'with ancestors'), metric, value, lo, hi, n, groups
     "Precision, recall and F1 of extracted findings with 95 % intervals."
-    groups, rows = list(range(len(predicted))) if groups is None else list(groups), []
+    groups, rows = list(map(str, range(len(predicted)))) if groups is None else list(groups), []
     exact = lambda fs: {t for f in fs if f.excluded == excluded and (t := ontology.resolve(f.id)[0]) and is_phenotype(ontology, t)}
     above = lambda fs: {a for t in exact(fs) for a in ontology.ancestors(t) if is_phenotype(ontology, a)} - {PHENOTYPE}
     for kind, terms in (('exact', exact), ('with ancestors', above)):

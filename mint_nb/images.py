@@ -249,7 +249,7 @@ def face(
 
 # %% ../nbs/05_images.ipynb #0034
 def smooth(
-    points: np.ndarray,    # (n, 2) corners
+    points: Sequence | np.ndarray,   # (n, 2) corners
     closed: bool = True,   # a loop, or an open line whose ends stay
     rounds: int = 3,       # each halves the corners
 ) -> np.ndarray:           # (m, 2) points of a soft curve

@@ -228,7 +228,7 @@ def view_of(
     finding: Finding,
     written: bool,        # does the note say it?
     ontology: Ontology,
-) -> str:                 # 'note', 'portrait', 'both' or 'record'
+) -> Literal['note', 'portrait', 'both', 'record']:
     "Where a finding can be seen."
     face = ontology.is_facial(finding.id) and not finding.excluded
     return ('both' if written else 'portrait') if face else ('note' if written else 'record')
@@ -595,7 +595,7 @@ def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, 
     age = number('age_year') + number('age_month')/12 if known else None
     if age is not None and age >= OLDEST: age = None; problems.append(InputWarning('is no age of a person; left out', **place, field='age_year'))
     sex = {'f': 'female', 'm': 'male'}.get(row.get('gender', '')[:1].lower())
-    return Case(f"GMDB-{row['image_id']}", image=crop and str(crop.resolve()), phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
+    return Case(f"GMDB-{row['image_id']}", image=str(crop.resolve()) if crop else None, phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
                 labels=told), problems
 
 # %% ../nbs/04_patients.ipynb #0122
@@ -668,7 +668,7 @@ def catalogue_of_cases(
 # %% ../nbs/04_patients.ipynb #0138
 def choose_answers(
     cases: Sequence[Case],
-    ontology: Ontology,
+    ontology: Optional[Ontology],   # None: the answers are no diseases
     params: CohortParams,
     label: str = 'disease',
 ) -> pd.DataFrame:       # the rows of `answer_table` that were chosen, by name

@@ -17,7 +17,7 @@ from .tasks import get_task, method_name
 from .upstream import teacher_rankings, upstream
 
 # %% ../nbs/29_preferences.ipynb #0005
-_VARIANTS = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True},
+_VARIANTS: dict[str, dict] = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True},
              'mint_drop': {'gold': 'drop'}, 'sft_gold': {'gold': 'only', 'n_rejected': 1}}
 
 def variant_of(

@@ -317,7 +317,7 @@ def load_student(
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
     seed: int = 0,                    # of the random weights of 'tiny'
     load_in_4bit: bool = False,
-    precision: str = 'auto',          # 'auto', 'fp32' or 'bf16', see `weights_dtype`
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto',   # see `weights_dtype`
     vision: Optional[Path | str] = None,   # 'own': the model's own vision encoder; else the folder of a `VisionTower` that becomes a part of it
 ) -> Student:
     "Load a language model, mend its padding and end tokens, attach a vision tower and merge an adapter if asked for."

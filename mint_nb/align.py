@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import numpy as np, pandas as pd, torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from .core import InputError, Params, Run, atomic_path, read_json, read_table, run_stage, write_json, write_table
+from .core import InputError, Params, Run, atomic_path, read_json, run_stage, write_json, write_table
 from .tasks import get_task
 from .vision import learn_words, make_tower
 from .cohort import cohort_captions, cohort_cases, make_cohort, shows_cases
@@ -23,7 +23,7 @@ from .launch import first_process, run_together
 from .pairs import refuse, without_cases
 from .preferences import preference_rows, preferences, variant_of
 from .students import Student, add_lora, attach_tower, has_vision, load_student
-from .engine import Engine, Item, TensorStore, caption_items, choose_engine, learn_captions, reference_logps, save_adapter, train
+from .engine import Engine, Item, SeparateEngine, TensorStore, caption_items, choose_engine, learn_captions, reference_logps, save_adapter, train
 from .losses import LOSSES
 from .decode import images_of
 
@@ -47,7 +47,7 @@ def updates(
 # %% ../nbs/39_align.ipynb #0008
 def run_phase(
     student: Student,
-    engine: Optional[Engine],   # None: TRL trains
+    engine: Optional[Engine | SeparateEngine],   # None: TRL trains
     items: Sequence[Item],
     phase: Phase, steps: int, params: Params, folder: Path, seed: int,
 ) -> list[dict]:            # what was logged
@@ -126,7 +126,7 @@ def train_method(run: Run, method: str, seed: int = 0) -> None:
     p, variant, out = run.params, variant_of(method), run/f'align/{method}-{seed}'
     student, rows, cases = student_of(run, seed), preference_rows(run, seed, variant), cohort_cases(run)
     lines, problems = diagnose(rows, student, p.student, p.train, p.predict.max_new_tokens)
-    found = refuse(problems); lines += found if shows_cases(run) else without_cases(found)
+    found = refuse(problems); lines += map(str, found if shows_cases(run) else without_cases(found))
     chosen = choose_engine(student, p.train, TensorStore(None if p.train.accelerate else run/'align/depth'))   # processes that share a model must not differ in what they remember
     if first_process(): print(*lines, f'engine: {chosen.name}, {chosen.why}', sep='\n')
     items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt, run/'cases'), updates(sum(c.split == 'train' for c in cases), p)

@@ -7,7 +7,6 @@ __all__ = ['NOT_SHOWN', 'answer_files', 'training_log', 'cohort_name', 'score_ru
            'masking_sentences', 'tile_figures', 'make_report', 'make_tables', 'analysis']
 
 # %% ../nbs/59_analysis.ipynb #0003
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -97,7 +96,7 @@ def tile_figures(run: Run, answers: dict, cases: list[Case], footer: str) -> dic
     shown = [m for m in ('teacher', 'base', 'mint') if (m, seed) in answers]
     out['confusion'] = confusion_figure({m: confusion(answers[m, seed], cases, cohort_catalogue(run), task.label) for m in shown or [next(iter(answers))[0]]}, cohort=footer)
     if (run/f'attribution/mint-{seed}/maps.parquet').exists() and shows_cases(run):
-        maps, images = read_table(run/f'attribution/mint-{seed}/maps.parquet'), {c.id: run/'cases'/c.image for c in cases}
+        maps, images = read_table(run/f'attribution/mint-{seed}/maps.parquet'), {c.id: Path(run/'cases', c.image) for c in cases}
         out['maps'] = map_figure(maps, {i: images[i] for i in maps.case_id.unique()[:6]}, cohort=footer)
     return out
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .candidates import CandidateRanker, name_logps
 from .core import InputError, progress
+from .decode import images_of
 from .engine import Engine, Item
 from .metrics import grouped_bootstrap
 from .students import Student
@@ -86,7 +87,7 @@ def masking_check(
 ) -> pd.DataFrame:           # case_id, group; whole, top, random: probability of the true answer; whole_right, ...: share of answers that are right
     "What covering the most important cells does to the answer, against covering random ones."
     rng, rows, grid = np.random.default_rng(seed), [], tower_of(ranker.student).grid
-    n, fill = max(1, round(share*grid**2)), mean_colour([ranker.image(c) for c in cases])
+    n, fill = max(1, round(share*grid**2)), mean_colour(images_of(ranker.task, cases, ranker.folder))
     with tempfile.TemporaryDirectory() as folder:
         for c in progress(cases, 'covering tiles'):
             top = np.argsort(-maps[c.id], axis=None)[:n]

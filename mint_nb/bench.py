@@ -74,7 +74,7 @@ WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared
 # %% ../nbs/36_bench.ipynb #0013
 def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> Callable[[], float]:
     "A function that takes a step one way, and leaves the gradients in the model."
-    how = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, **(WAYS[way] or {})}
+    how: dict[str, Any] = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, **(WAYS[way] or {})}
     params = TrainParams(batch=len(items), nll_on=how['nll_on'], beta=.1)
     settings = trainer_settings(params, folder, 1, 1e-4, 0)
     base = student.model.get_base_model()
@@ -215,7 +215,7 @@ def bench_table(
             ('likelihood on the answer only', 'ladder', 'response'), ('4 rejected answers, against 4 pairs', 'rejected.4', 'response'), ('top layers only, cached, second epoch', 'cached', 'cached')]
     out = []
     for label, where, way in rows:
-        cell = found
+        cell = found or {}
         for k in where.split('.') if found else (): cell = cell[k]
         r = cell[way] if found else None
         out.append([label, f"{r['ratio']:.2f}" if r else 'not yet measured', f"{r['low']:.2f} to {r['high']:.2f}" if r else '', f"{r['bound']:.2f}" if r else '',

@@ -209,7 +209,7 @@ def calibration_loss(
 # %% ../nbs/42_calibrate.ipynb #0034
 def smoothed_nll(
     logp: Tensor,            # (n, N)
-    truth: Sequence[int],
+    truth: Sequence[int] | Tensor,
     smoothing: float = .1,   # probability that is spread over all options
 ) -> Tensor:
     "Label smoothing over the options (Szegedy et al., arXiv 1512.00567)."
@@ -256,8 +256,9 @@ class CalibrationTrainer(PreferenceTrainer):
         super().__init__(student, engine, treatment.loss, train.model_copy(update={'nll_on': treatment.likelihood}), **kw)
         both = {c.case_id for c in choices} & {c.case_id for c in held}
         if both: raise InputError('is a training and a calibration case', record=min(both))
+        if lost := [c.case_id for c in (*choices, *held) if c.truth is None]: raise InputError('has no known answer', record=lost[0])
         self.treatment, self.options, self.choices, self.held, self.every = treatment, params, {c.case_id: c for c in choices}, list(held), every
-        self.accuracy, self.history = None, []
+        self.accuracy: Optional[np.ndarray] = None; self.history = []
 
     def e_step(self) -> None:
         "Confidence and accuracy of the calibration cases, and the accuracy of each bin."
@@ -271,7 +272,7 @@ class CalibrationTrainer(PreferenceTrainer):
 def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     "What a treatment adds for one case."
     logp, how, p = choice_logps(self.engine, choice)[None], self.treatment.term, self.options
-    if how == 'smoothing': return smoothed_nll(logp, [choice.truth], p.smoothing)
+    if how == 'smoothing': return smoothed_nll(logp, torch.tensor([choice.truth]), p.smoothing)
     if how == 'published': return (1 - self.treatment.keep)*1e-3*published_calibration_loss(logp, self.accuracy)
     return p.weight*calibration_loss(logp, self.accuracy, p.distance)
 
@@ -279,7 +280,7 @@ def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
 @patch
 def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) -> tuple[Tensor, dict]:
     "A row's share of the batch's loss, with the term over options."
-    loss, seen = PreferenceTrainer.piece(self, row, total, kl) if self.treatment.keep else (0., {})
+    loss, seen = PreferenceTrainer.piece(self, row, total, kl) if self.treatment.keep else (torch.tensor(0.), {})
     if self.treatment.term == 'none': return loss, seen
     more = torch.stack([self.term(self.choices[i.case_id]) for i in row]).sum()/total.items
     return self.treatment.keep*loss + more, seen | {'over_options': more.detach()}

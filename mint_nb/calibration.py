@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'bin_of', 'reliability', 'folded_mean', 'calibration_erro
            'EceBounds', 'ece_bounds', 'Conformal', 'conformity', 'fit_conformal', 'conformal_lists', 'list_table']
 
 # %% ../nbs/08_calibration.ipynb #0003
-from typing import Literal, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
 
@@ -168,7 +168,8 @@ def perfect_band(
     "Calibration error of a model whose stated confidences are true."
     rng = np.random.default_rng(seed)
     found = [calibration_error(confidence, rng.random(len(confidence)) < confidence, **options)[0] for _ in range(draws)]
-    return tuple(map(float, np.percentile(found, [2.5, 50, 97.5])))
+    low, middle, high = map(float, np.percentile(found, [2.5, 50, 97.5]))
+    return low, middle, high
 
 # %% ../nbs/08_calibration.ipynb #0036
 class EceBounds(NamedTuple):

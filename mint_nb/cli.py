@@ -9,11 +9,11 @@ __all__ = ['DISK', 'REAL', 'app', 'RunDir', 'MAIN', 'CAPPED', 'clean_errors', 'l
            'gpu_check']
 
 # %% ../nbs/68_cli.ipynb #0003
-import contextlib, errno, functools, json, os, shutil, sys
+import errno, functools, os, shutil
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Optional
+from typing import Annotated, Any, Callable, Optional
 
-import pandas as pd, typer, yaml
+import typer, yaml
 
 from .core import InputError, Run, atomic_path, cache_dir, open_params, read_json, read_table, versions
 from .pipeline import NotebookFailed, minutes, nbs_folder, run_pipeline, status as run_status
@@ -66,7 +66,7 @@ def case_overrides(
 ) -> dict:                       # overrides with dotted names
     "Overrides that follow from real cases and their cap."
     if max_cases is not None and max_cases < 0: raise InputError(f'must be 0 or more, not {max_cases}', field='--max-cases')
-    out = dict(REAL) if cases and profile == 'laptop' else {}
+    out: dict[str, Any] = dict(REAL) if cases and profile == 'laptop' else {}
     if cases:
         if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
         out['cohort.source'] = str(cases.resolve())

@@ -11,7 +11,7 @@ import zlib
 import pandas as pd
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Optional
 
 from .core import InputError, Run, atomic_path, progress, read_json, read_table, run_stage, write_json, write_table
 from .images import draw_portrait, patient_gestalt

@@ -20,12 +20,12 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
-from .align import SCHEDULES, align, items_of, load_aligned, updates
+from .align import SCHEDULES, align, items_of, updates
 from .calibrate import CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
 from .calibration import MEASURES, calibration_error, calibration_table, conformal_lists, fit_conformal, list_table, normalised, perfect_band, reliability, resamples, top, with_interval
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
-from .core import InputError, Params, Run, atomic_path, open_params, open_run, progress, read_json, read_table, run_stage, write_json, write_table
+from .core import InputError, Params, Run, atomic_path, open_params, progress, read_table, run_stage, write_json, write_table
 from .engine import Engine, TensorStore, reference_logps, trainer_settings
 from .losses import LOSSES
 from .metrics import draw_counts
@@ -136,7 +136,7 @@ def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = '
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
 # %% ../nbs/62_confidence.ipynb #0024
-GRID = {**{m: ('none', 'temperature', 'smoothing', 'cft', 'rcft') for m in ('base', 'sft', 'dpo', 'mint')}, 'mint_cal': ('none', 'temperature')}
+GRID: dict[str, Sequence[str]] = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), 'mint_cal': ('none', 'temperature')}
 REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', 'mint_cal')}
 
 def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -> str:
@@ -240,7 +240,6 @@ def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> 
 # %% ../nbs/62_confidence.ipynb #0043
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
-    card = read_json(run/'cases/card.json')
     cohort = 'phenopackets' if run.params.cohort.source else 'simulated'
     names, letters = (grid_values(run, grid, seeds, form) for form in ('names', 'letters'))
     sizes = {part: (len(a.truth), len(set(a.groups))) for part, a in cell(run, next(iter(grid)), 'none', seeds[0]).items()}
@@ -350,7 +349,7 @@ def calibrate_run(
     make_cohort(run)
     for i, seed in enumerate(seeds):
         if any(m != 'base' for m in grid): preferences(run, seed, 'mint')        # the teacher first: all chains read it
-        jobs = [(chain, str(run.path), m, ts, seed) for m, ts in sorted(grid.items(), key=lambda x: x[0] != 'mint_cal')]
+        jobs: list[tuple] = [(chain, str(run.path), m, ts, seed) for m, ts in sorted(grid.items(), key=lambda x: x[0] != 'mint_cal')]
         if problem and not i: jobs += [*((watched, str(run.path), m, seed) for m in ('sft', 'dpo', 'mint')), *((varied, str(run.path), v, seed) for v in VARIED)]
         run_jobs(jobs, workers, f'seed {seed}')
         table = write_tables(run, grid, seeds[:i + 1])
@@ -374,7 +373,7 @@ def calibrate_questions(
     seed: int = 0,
 ) -> pd.DataFrame:                 # treatment, metric, value, lo, hi, n, groups
     "Treatments on a multiple-choice set."
-    asked, rows = read_questions(source), []
+    asked, rows, truth = read_questions(source), [], lambda cs: np.array([c.truth for c in cs])
     for t in treatments:
         s = load_student(student, precision=params.student.precision)
         if t in TREATMENTS: s = add_lora(s, params.student, seed)
@@ -382,6 +381,6 @@ def calibrate_questions(
         (held, test, learn), engine = ([every[i] for i in part] for part in divided(len(asked), seed)), Engine(s)
         if t in TREATMENTS: treat_student(s, t, learn, held, params.train, params.calibrate, out, engine=engine, seed=seed)
         logp = choice_table(engine, test, t)
-        if t == 'temperature': logp = tempered(logp, fit_temperature(choice_table(engine, held), [c.truth for c in held]))
-        rows.append(calibration_table(normalised(logp), [c.truth for c in test], [c.group for c in test], params.analysis.bootstrap).assign(treatment=t))
+        if t == 'temperature': logp = tempered(logp, fit_temperature(choice_table(engine, held), truth(held)))
+        rows.append(calibration_table(normalised(logp), truth(test), [c.group for c in test], params.analysis.bootstrap).assign(treatment=t))
     return pd.concat(rows, ignore_index=True)[['treatment', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]

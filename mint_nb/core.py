@@ -12,8 +12,8 @@ __all__ = ['PROFILES', 'STAGE_PARAMETERS', 'printable', 'InputError', 'atomic_pa
            'stage_done', 'stage_run', 'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
-import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, re, resource, shutil, sys, tempfile, threading, time
-from datetime import datetime, timezone
+import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, re, resource, shutil, sys, threading, time
+from datetime import UTC, datetime
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Optional, Sequence, get_args
@@ -84,9 +84,8 @@ def read_yaml(path: Path | str) -> dict:
 # %% ../nbs/00_core.ipynb #0018
 def write_jsonl(path: Path | str, rows: Iterable[dict]) -> Path:
     "Write one JSON object a line, atomically."
-    with atomic_path(path) as tmp:
-        with tmp.open('w') as f:
-            for r in rows: f.write(json.dumps(r, ensure_ascii=False, default=str) + '\n')
+    with atomic_path(path) as tmp, tmp.open('w') as f:
+        for r in rows: f.write(json.dumps(r, ensure_ascii=False, default=str) + '\n')
     return Path(path)
 
 def write_table(path: Path | str, table: pd.DataFrame) -> Path:
@@ -375,8 +374,8 @@ def resolve_params(
     if not os.path.isfile(path):
         raise InputError(f'no such profile; there are {sorted(p.stem for p in PROFILES.glob("*.yaml") if "-" not in p.stem)}', field='profile', record=profile)
     recipe = {'profile': path.stem} | read_yaml(path)
-    own = {t: path.with_name(f'{path.stem}-{t}{path.suffix}') for t in get_args(Params.model_fields['task'].annotation)}
-    own = own.get(str(over.get('task', recipe.get('task', 'disease'))))                                     # what the task wants otherwise
+    per_task = {t: path.with_name(f'{path.stem}-{t}{path.suffix}') for t in get_args(Params.model_fields['task'].annotation)}
+    own = per_task.get(str(over.get('task', recipe.get('task', 'disease'))))                                     # what the task wants otherwise
     if own and own.exists(): recipe = _merge(recipe, read_yaml(own))
     return checked_params(_merge(recipe, over), path.name)
 
@@ -501,7 +500,7 @@ def run_stage(
         last = _last_done(run, name)
         if last and last.get('key') == key and _entry_holds(run, last): return last
         start, cpu, entry = time.perf_counter(), time.process_time(), {'stage': name, 'key': key, 'module': module, 'sections': list(sections), 'extra': extra,
-                                            'time': datetime.now(timezone.utc).isoformat(timespec='seconds')}
+                                            'time': datetime.now(UTC).isoformat(timespec='seconds')}
         try: body(); entry |= {'status': 'done', 'outputs': {w: file_digest(run/w) for w in writes}}
         except BaseException as e: entry |= {'status': 'failed', 'error': f'{type(e).__name__}: {e}'[:500], 'outputs': {}}; raise
         finally:

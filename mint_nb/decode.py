@@ -13,7 +13,7 @@ import copy, json, re
 from pathlib import Path
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -207,7 +207,7 @@ class NameTree(NamedTuple):
     "Token paths as a tree; node 0 is the beginning of all."
     children: list[dict[int, int]]   # of a node: token to node
     allowed: list[np.ndarray]        # of a node: tokens that may follow, ascending
-    count: list[int]                 # of a node: names below
+    below: list[int]                 # of a node: names below
     names: dict[int, list[str]]      # of a last node: ids of the names that end there
 
 def name_tree(
@@ -276,7 +276,7 @@ class ListState:
         for t in path:
             above, node = node, self.tree.children[node][t]
             self.gone[node] = self.gone.get(node, 0) + 1
-            if self.gone[node] == self.tree.count[node]: self.shut.setdefault(above, []).append(t)
+            if self.gone[node] == self.tree.below[node]: self.shut.setdefault(above, []).append(t)
 
     def open(self) -> np.ndarray:
         "Tokens that may come next, ascending."
@@ -303,8 +303,8 @@ def logits_of(logits: torch.Tensor, some: Sequence[np.ndarray]) -> tuple[torch.T
     "The logits of some tokens of each row, and which tokens they are; -1 and minus infinity fill up."
     ids = np.full((len(some), max(map(len, some))), -1)
     for r, a in enumerate(some): ids[r, :len(a)] = a
-    ids = torch.from_numpy(ids).to(logits.device)
-    return logits.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf), ids
+    at = torch.from_numpy(ids).to(logits.device)
+    return logits.gather(1, at.clamp(min=0)).masked_fill(at < 0, -torch.inf), at
 
 def best_allowed(logits: torch.Tensor, states: Sequence[ListState]) -> torch.Tensor:   # (B, V); (B,) token ids
     "The likeliest token of each row among those that its state allows."
@@ -454,7 +454,7 @@ def images_of(
     if task.view != 'image': return []
     lost = next((c.id for c in cases if not c.image), None)
     if lost is not None: raise InputError('has no image, and the student sees nothing else', record=lost, field='image')
-    return [str(Path(folder or '')/c.image) for c in cases]
+    return [str(Path(folder or '', c.image)) for c in cases]
 
 # %% ../nbs/33_decode.ipynb #0084
 def tries_of(ranker: StudentRanker, cases: Sequence[Case]) -> Optional[list[NameTrie]]:
@@ -472,8 +472,8 @@ def rank(self: StudentRanker, cases: Sequence[Case], top: int = 10, bottom: int 
     "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
     todo = [c for c in cases if c.id not in self.texts]
     images = images_of(self.task, todo, self.folder)
-    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, i, list(self.catalogue.names.values()))
-               for c, i in zip(todo, images or [None]*len(todo))]
+    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, images[n] if images else None, list(self.catalogue.names.values()))
+               for n, c in enumerate(todo)]
     def keep(positions, texts):
         new = {todo[i].id: t for i, t in zip(positions, texts)}
         self.texts.update(new)

@@ -7,7 +7,7 @@ __all__ = ['new_cases', 'new_tiles', 'run_answers', 'shown_as', 'evidence', 'gen
            'safe_name', 'write_pheval', 'case_record', 'write_predictions']
 
 # %% ../nbs/43_deliver.ipynb #0003
-import json, re
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterable, Optional, Sequence
@@ -17,10 +17,10 @@ import pandas as pd
 from .cohort import cohort_catalogue
 from .core import CohortParams, InputError, Run, atomic_path, digest, write_jsonl, write_table
 from .matching import diseases_of_genes, gene_catalogue, gene_id, gene_names
-from .ontology import Ontology, load_ontology
+from .ontology import Ontology
 from .patients import add_note, file_name, load_cases
 from .tiles import load_tiles
-from .tasks import Case, Catalogue, Finding, Rankings, get_task, make_rankings
+from .tasks import Case, Catalogue, Rankings, get_task
 
 # %% ../nbs/43_deliver.ipynb #0007
 def new_cases(
@@ -126,7 +126,7 @@ def write_pheval(folder: Path | str, table: pd.DataFrame, cases: Sequence[Case],
     return folder
 
 # %% ../nbs/43_deliver.ipynb #0034
-def case_record(case: Case, table: pd.DataFrame, ontology: Ontology, label: str = 'disease') -> dict:
+def case_record(case: Case, table: pd.DataFrame, ontology: Optional[Ontology], label: str = 'disease') -> dict:
     "One case with its note, and each answer with the findings for and against it."
     why = {'disease': lambda r: evidence(case, r['disease_id'], ontology), 'gene': lambda r: gene_evidence(case, r['gene_name'], ontology)}.get(label, lambda r: {})
     answers = [{'rank': int(r['rank']), f'{label}_id': r[f'{label}_id'] or None, f'{label}_name': r[f'{label}_name'], 'score': float(r['score'])} | why(r)

@@ -22,7 +22,8 @@ from .students import Student
 class Dialogues(Protocol):
     "Conversations held side by side."
     history: list[list[dict]]    # chat messages of each conversation
-    tokens: dict                 # 'prompt': tokens of all prompts, as a client that resends the chat counts them; 'new': tokens of all replies
+    @property
+    def tokens(self) -> dict: ...    # 'prompt': tokens of all prompts, as a client that resends the chat counts them; 'new': tokens of all replies
     def start(self, systems: Sequence[str]) -> None: ...
     def turn(self, messages: Sequence[str], max_new_tokens: int, tries: Optional[list] = None) -> list[str]: ...
 

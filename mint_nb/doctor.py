@@ -18,8 +18,8 @@ from .core import InputError, StudentParams, TrainParams
 from .decode import images_of
 from .engine import Item
 from .pairs import Problem, checks, first_difference
-from .students import Student, add_lora, load_student
-from .tasks import Case, Task, get_task
+from .students import Student, add_lora
+from .tasks import Case, Task
 
 # %% ../nbs/35_doctor.ipynb #0006
 def items_from_rows(

@@ -9,9 +9,9 @@ __all__ = ['PLAIN', 'CLIP_NORM', 'DualView', 'DUAL_VIEWS', 'UNSEEN', 'caption_to
            'scored_in_folds', 'compare_in_folds', 'tile_benchmark']
 
 # %% ../nbs/13_dual.ipynb #0003
-import copy, re
+import copy
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, Optional, Sequence
+from typing import Any, Literal, Optional, Sequence
 
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -31,7 +31,7 @@ from .images import load_image
 from .metrics import grouped_bootstrap
 from .nuclei import MORPHOLOGY, caption_words, describe_tile, random_tiles, tissue_texts
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
-from .teachers import cross_fit, folds_of, read_weights
+from .teachers import folds_of, read_weights
 from .tiles import load_tiles, stain_jitter, tissue_catalogue, turned
 
 # %% ../nbs/13_dual.ipynb #0007
@@ -61,7 +61,7 @@ def small_clip(
     return model
 
 # %% ../nbs/13_dual.ipynb #0013
-PLAIN = ((.75, .6, .75), (.2, .2, .2))   # mean and spread of H&E tiles, red, green, blue; pretrained weights bring their own
+PLAIN: tuple = ((.75, .6, .75), (.2, .2, .2))   # mean and spread of H&E tiles, red, green, blue; pretrained weights bring their own
 
 def pixels(
     tiles: np.ndarray,        # (n, S, S, 3) bytes, or floats in 0-1
@@ -191,7 +191,8 @@ class DualTeacher:
         if unknown: raise InputError('has no documented morphology', record=unknown[0], field='catalogue', hint='add a line to the table of 06_nuclei')
         self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
         self.image_size, self.captions, self.norm, self._tiles = image_size, captions or {}, PLAIN, {}
-        self.clip = self.tuned = self.tok = self.head = None      # towers, fine-tuned image tower, tokenizer, weights of probe and fine-tuned head
+        self.clip: Any = None; self.tuned: Any = None; self.tok: Any = None      # towers, the fine-tuned image tower, tokenizer
+        self.head: dict[str, np.ndarray] = {}                                    # weights of probe and fine-tuned head
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../nbs/13_dual.ipynb #0036
@@ -266,11 +267,11 @@ def tune(self: DualTeacher, cases: Sequence[Case], truth: np.ndarray, desc: str)
     w, b = (nn.Parameter(torch.tensor(self.head[k], dtype=torch.float32, device=self.device)) for k in ('probe_w', 'probe_b'))
     weights = [w, b, *self.tuned.vision_model.parameters(), *self.tuned.visual_projection.parameters()]
     opt, plan = schedule(weights, p.tune_epochs*parts, p.tune_lr, p.weight_decay)
-    tiles, truth = self.tiles(cases), torch.tensor(truth, device=self.device)
+    tiles, target = self.tiles(cases), torch.tensor(truth, device=self.device)
     for _ in progress(range(p.tune_epochs), desc):
         for part in np.array_split(rng.permutation(len(cases)), parts):
             x = pixels(turned(stain_jitter(tiles[part], rng, p.stain), rng), self.norm).to(self.device)
-            loss = F.cross_entropy(embed_tiles(self.tuned, x) @ w + b, truth[part])
+            loss = F.cross_entropy(embed_tiles(self.tuned, x) @ w + b, target[part])
             opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
     self.tuned.eval()
     self.head |= {'tuned_w': w.detach().double().cpu().numpy(), 'tuned_b': b.detach().double().cpu().numpy()}
@@ -355,7 +356,7 @@ def texture_features(
 class TextureRanker:
     "Logistic regression on colour and texture."
     name = 'texture'
-    def __init__(self, scaler: StandardScaler, model: LogisticRegression, catalogue: Catalogue, root: Path, size: int):
+    def __init__(self, scaler: StandardScaler, model: LogisticRegression, catalogue: Catalogue, root: Path | str, size: int):
         self.scaler, self.model, self.catalogue, self.root, self.size = scaler, model, catalogue, Path(root), size
 
     def scores(self, cases: Sequence[Case]) -> np.ndarray:

@@ -11,7 +11,6 @@ __all__ = ['endpoint_address', 'api_key', 'request_body', 'ReplyCache', 'RateLim
 import contextlib, email.utils, functools, os, re, socket, subprocess, sys, tempfile, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
@@ -228,7 +227,7 @@ def check(self: EndpointClient,
 # %% ../nbs/38_endpoint.ipynb #0058
 class Stop(threading.Event):
     "A flag that ends requests under way."
-    def __init__(self): super().__init__(); self.sockets: list = []
+    def __init__(self) -> None: super().__init__(); self.sockets: list = []
     def trace(self, event: str, info: dict) -> None:
         "Remember a connection that httpx has opened."
         if event.endswith(('connect_tcp.complete', 'start_tls.complete')): self.sockets.append(info['return_value'].get_extra_info('socket'))
@@ -287,8 +286,8 @@ def ask(self: EndpointClient,
     "Replies to several chats, from disk where they are there."
     bodies = [request_body(self.params, c, max_new_tokens, self.seed, self.extra) for c in chats]
     keys = [self.cache.path(self.url, b) for b in bodies]
-    have = {k: self.cache.get(self.url, b) for k, b in zip(keys, bodies)}
-    todo = {k: b for k, b in zip(keys, bodies) if have[k] is None}
+    have = {k: r for k, b in zip(keys, bodies) if (r := self.cache.get(self.url, b)) is not None}
+    todo = {k: b for k, b in zip(keys, bodies) if k not in have}
     self.counts['cached'] += len(bodies) - len(todo)
     for i, reply in self._fetch(list(todo.values())) if todo else ():
         self.counts['asked'] += 1; self.counts['retried'] += reply.pop('retried')

@@ -32,7 +32,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, one_cycle, progress
 from .losses import LOSSES, Logps, Total, sft_loss
-from .students import OwnVision, Student, add_lora, load_student
+from .students import OwnVision, Student
 
 # %% ../nbs/32_engine.ipynb #0006
 @dataclass
@@ -158,7 +158,7 @@ def token_logps(
     return torch.cat([checkpoint(_chunk_logps, s, t, head, cap, use_reentrant=False) for s, t in pieces])
 
 # %% ../nbs/32_engine.ipynb #0029
-def parts_of(model: Any) -> tuple[nn.Module, nn.Module]:
+def parts_of(model: Any) -> tuple[nn.Module, nn.Linear]:
     "The transformer without its head, and the head, of a causal language model with or without adapter."
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     inner, head = getattr(base, getattr(base, 'base_model_prefix', '') or 'model', None), base.get_output_embeddings()
@@ -192,7 +192,7 @@ def split_backbone(
 # %% ../nbs/32_engine.ipynb #0033
 class TensorStore:
     "Tensors by a digest of what they were computed from; in memory, or memory-mapped in a folder."
-    def __init__(self, folder: Optional[Path | str] = None): self.folder, self.memory = folder and Path(folder), {}
+    def __init__(self, folder: Optional[Path | str] = None): self.folder, self.memory = Path(folder) if folder else None, {}
 
     def get(self, key: str) -> Optional[Tensor]:
         "The stored tensor, or None."
@@ -287,7 +287,7 @@ def one_by_one(self: Engine, item: Item, found: Sequence[Optional[Tensor]]) -> l
         if found[i] is not None: continue
         out[i] = self.lower(input_ids=row(a), past_key_values=memory, use_cache=True).last_hidden_state[0]
         memory.crop(-len(a))
-    return out
+    return out     # type: ignore[return-value]   # nothing is None any more
 
 # %% ../nbs/32_engine.ipynb #0043
 @patch
@@ -482,9 +482,9 @@ def share(
 # %% ../nbs/32_engine.ipynb #0091
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
-    def __init__(self, student: Student, engine: Engine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
+    def __init__(self, student: Student, engine: Engine | SeparateEngine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
         super().__init__(model=student.model, data_collator=lambda items: {'items': items}, **kw)
-        self.engine, self.loss, self.params, self.reference, self.seen, self.updates = engine, LOSSES[loss], params, reference, {}, 0
+        self.engine, self.loss, self.params, self.reference, self.seen, self.updates = engine, LOSSES[loss], params, reference or {}, {}, 0
         self.others = {i.case_id: i for i in mismatched(self.train_dataset)} if self.loss.kl else {}
         if self.loss.kl: self.other_reference = reference_logps(engine, list(self.others.values()), 'zero point')
 
@@ -513,7 +513,7 @@ def zero_point(self: PreferenceTrainer, mine: Sequence[tuple[Item, int]]) -> flo
     "Mean log-ratio of answers that belong to other prompts over the whole batch, at least zero."
     some = [self.others[i.case_id] for i, w in mine if w]
     lps = [self.engine.logps(r) for r in rows_of(some, self.engine.budget)]
-    now = sum((torch.cat([l.chosen, l.rejected]).sum().item() for l in lps))
+    now = sum(torch.cat([l.chosen, l.rejected]).sum().item() for l in lps)
     off, count = self.over_all([now - sum(sum(self.other_reference[i.case_id]) for i in some), sum(len(i.answers) for i in some)])
     return max(0., off/count)
 
@@ -531,7 +531,7 @@ def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=Non
     "Forward and backward for one batch, row by row; of several processes each computes its share."
     model.train()
     items = inputs['items'] if self.loss.rejected else [replace(i, answers=i.answers[:1]) for i in inputs['items']]
-    total, loss, seen, n = totals(items), 0., {}, self.accelerator.num_processes
+    total, loss, seen, n = totals(items), torch.tensor(0.), {}, self.accelerator.num_processes
     mine, scale = share(items, self.accelerator.process_index, n), n if sharded(model) else 1     # shards average
     kl = self.zero_point(mine) if self.loss.kl else 0.
     for weight in (1, 0):
@@ -618,8 +618,8 @@ def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: Trai
     os.environ.setdefault('TRL_EXPERIMENTAL_SILENCE', '1')
     from datasets import Dataset
     if loss == 'sft': from trl import SFTConfig as Config, SFTTrainer as Kind
-    elif loss == 'dpo': from trl import DPOConfig as Config, DPOTrainer as Kind
-    elif loss == 'orpo': from trl.experimental.orpo import ORPOConfig as Config, ORPOTrainer as Kind
+    elif loss == 'dpo': from trl import DPOConfig as Config, DPOTrainer as Kind   # type: ignore[assignment]   # one of three classes
+    elif loss == 'orpo': from trl.experimental.orpo import ORPOConfig as Config, ORPOTrainer as Kind   # type: ignore[assignment]
     else: raise InputError('TRL trains sft, orpo and dpo here', field='train.engine', record=loss, hint='leave train.engine at mint')
     if loss == 'orpo' and params.nll_on != 'trl' and params.engine != 'auto': raise InputError('TRL knows one likelihood for ORPO', field='train.nll_on', record=params.nll_on, hint='set train.nll_on=trl')
     extra = {'sft': dict(max_length=None, completion_only_loss=True), 'dpo': dict(max_length=None, beta=params.dpo_beta), 'orpo': dict(beta=params.beta, max_length=10**6)}[loss]

@@ -10,9 +10,8 @@ __all__ = ['FORMATS', 'BASES', 'LICENCES', 'SHOWN', 'questions', 'answer_logits'
 
 # %% ../nbs/46_export.ipynb #0003
 import json, os, re, shutil, subprocess, sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional, Sequence
+from typing import Any, Literal, NamedTuple, Sequence
 
 import numpy as np, torch, yaml
 from peft import PeftModel
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .core import InputError, Run, atomic_path, read_json, read_table, versions, write_json
 from .tasks import get_task, list_sizes
 from .cohort import cohort_cases, cohort_catalogue
-from .students import SMOLLM2, Student, load_student
+from .students import Student, load_student
 
 # %% ../nbs/46_export.ipynb #0006
 FORMATS = ('merged', 'adapter', 'gguf')

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Literal, Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
@@ -107,9 +107,9 @@ _YEARS = {'y': 1., 'm': 1/12, 'w': 7/365.25, 'd': 1/365.25}
 
 def age_of(note: str) -> Optional[float]:
     "The patient's age in years, if the note gives it."
-    number = lambda s: float(_NUMBERS[s.lower()] if s.lower() in _NUMBERS else s)
+    number = lambda s: float(_NUMBERS.get(s.lower(), s))
     for form in _AGES:
-        for n, unit, more, unit2 in form.findall(note):
+        for n, unit, more, _ in form.findall(note):
             age = number(n)*_YEARS[(unit or 'y')[0].lower()] + (number(more)/12 if more else 0)
             if age < 130: return round(age, 4)
     return 0. if re.search(r'\b(?:newborn|neonate)\b', note, re.I) else None
@@ -161,7 +161,7 @@ def with_extracted(case: Case, extraction: Extraction) -> Case:
 
 # %% ../nbs/12_findings.ipynb #0031
 def resampled_sums(
-    counts: np.ndarray,        # (n, c) counts of each note
+    counts: Sequence | np.ndarray,   # (n, c) counts of each note
     groups: Sequence[str],     # of each note
     bootstrap: int,            # resamples
 ) -> np.ndarray:               # (1 + bootstrap, c): of all notes, and of the notes of resampled groups
@@ -180,7 +180,7 @@ def extraction_scores(
     bootstrap: int = 2000,                    # resamples
 ) -> pd.DataFrame:                            # terms ('exact', 'with ancestors'), metric, value, lo, hi, n, groups
     "Precision, recall and F1 of extracted findings with 95 % intervals."
-    groups, rows = list(range(len(predicted))) if groups is None else list(groups), []
+    groups, rows = list(map(str, range(len(predicted)))) if groups is None else list(groups), []
     exact = lambda fs: {t for f in fs if f.excluded == excluded and (t := ontology.resolve(f.id)[0]) and is_phenotype(ontology, t)}
     above = lambda fs: {a for t in exact(fs) for a in ontology.ancestors(t) if is_phenotype(ontology, a)} - {PHENOTYPE}
     for kind, terms in (('exact', exact), ('with ancestors', above)):

@@ -222,9 +222,9 @@ def the_parts(out: Path, shape: str, b: Batch, repeats: int, small: bool) -> dic
     return {'tests': lambda d: run_tests(tests), 'step': lambda d: {'step': against_unsloth(measure_step(shape, b, repeats, d) | measure_unsloth(shape, b, repeats, d))},
             'memory': lambda d: {'memory': measure_memory(shape, b, d)}, 'run': lambda d: measure_run(out/'../runs/gpu-check' if not small else Path(d)/'run', small=small)}
 
-def stack() -> dict[str, str]:
+def stack() -> dict[str, Optional[str]]:
     "What the figures depend on besides the device."
-    found = {k: v for k, v in versions().items()}
+    found = dict(versions())
     for p in ('triton', 'unsloth', 'flash-attn', 'vllm'):
         try: found[p] = version(p)
         except PackageNotFoundError: pass
@@ -270,7 +270,7 @@ _SHOWN = ('TRL', 'same loss', 'answer only', 'Unsloth')
 
 def _rows(found: dict) -> list[str]:
     "Step and memory, way by way."
-    step, mem = (found.get(k) if isinstance(found.get(k), dict) else {} for k in ('step', 'memory'))
+    step, mem = (v if isinstance(v := found.get(k), dict) else {} for k in ('step', 'memory'))
     un = step['unsloth'] if isinstance(step.get('unsloth'), dict) else {}
     seconds, peak = step.get('seconds', {}) | ({'Unsloth': un['seconds']} if un else {}), mem.get('peak_mb', {}) | ({'Unsloth': un['peak_mb']} if un else {})
     ratio = {'TRL': 1 if 'TRL' in seconds else None, 'same loss': step.get('speed_ratio'), 'answer only': step.get('speed_ratio_response'), 'Unsloth': round(seconds['TRL']/un['seconds'], 2) if un and 'TRL' in seconds else None}

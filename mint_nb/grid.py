@@ -19,7 +19,7 @@ import pandas as pd, yaml
 from fastcore.basics import patch
 from pydantic import Field, ValidationError
 
-from .core import InputError, Params, Run, Section, atomic_path, nest, open_params, read_table, read_yaml, record, resolve_params, stage_done, write_table
+from .core import InputError, Run, Section, atomic_path, open_params, read_table, read_yaml, record, resolve_params, stage_done, write_table
 from .tasks import get_task, list_sizes, method_name
 from .metrics import results_table, score_methods
 from .cohort import cohort_cases, cohort_catalogue, make_cohort

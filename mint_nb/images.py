@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from .core import InputError, printable
 
@@ -249,7 +249,7 @@ def face(
 
 # %% ../nbs/05_images.ipynb #0034
 def smooth(
-    points: np.ndarray,    # (n, 2) corners
+    points: Sequence | np.ndarray,   # (n, 2) corners
     closed: bool = True,   # a loop, or an open line whose ends stay
     rounds: int = 3,       # each halves the corners
 ) -> np.ndarray:           # (m, 2) points of a soft curve
@@ -326,11 +326,10 @@ def mirror(points: np.ndarray, tilt: float = 0.) -> np.ndarray:
 def outline(z: dict, at: dict) -> np.ndarray:
     "The contour of head and jaw."
     w, skull = at['width'], 1 + .035*z['head_size']
-    right = [(.30*w, at['top']), (.80*w*skull*(1 + .05*z['forehead_width']), at['top'] + .05),
+    right = np.array([(.30*w, at['top']), (.80*w*skull*(1 + .05*z['forehead_width']), at['top'] + .05),
              (w*skull*(1.0 + .055*z['forehead_width']), at['eye'] - .10), (w*(1.02 + .02*z['cheekbone']), at['eye'] + .03),
              (w*(.95 + .05*z['cheeks'] + .02*z['cheekbone']), at['nose'] + .01), (w*(.80 + .07*z['jaw_width'] + .03*z['cheeks']), at['mouth'] + .03),
-             (w*(.42 + .05*z['jaw_width'] - .06*z['chin_point']), at['chin'] - .005), (w*max(.04, .16 - .06*z['chin_point']), at['chin'] + .006*z['chin_point'])]
-    right = np.array(right) + (.5, 0)
+             (w*(.42 + .05*z['jaw_width'] - .06*z['chin_point']), at['chin'] - .005), (w*max(.04, .16 - .06*z['chin_point']), at['chin'] + .006*z['chin_point'])]) + (.5, 0)
     return smooth(np.concatenate([right, mirror(right, at['tilt'])[::-1]]))
 
 # %% ../nbs/05_images.ipynb #0043
@@ -458,8 +457,8 @@ def draw_face(
 ) -> Image.Image:            # RGB
     "Draw a face from its landmarks."
     z, rng, scale = dict(zip(LANDMARKS, landmarks)), _rng('tone', seed), max(2, -(-192//size))
-    skin, hair = SKINS[rng.integers(len(SKINS))], np.array(HAIRS[rng.integers(len(HAIRS))], float)
-    hair = tuple(int(v) for v in hair + np.clip(.28*z['hair_light'], -.3, .8)*(np.array([214, 184, 132]) - hair))
+    skin, tone = SKINS[rng.integers(len(SKINS))], np.array(HAIRS[rng.integers(len(HAIRS))], float)
+    hair = tuple(int(v) for v in tone + np.clip(.28*z['hair_light'], -.3, .8)*(np.array([214, 184, 132]) - tone))
     pen = Pen(size, scale, (244, 242, 236), skin, (58, 44, 40))
     at = layout(z); contour = outline(z, at)
     draw_back(pen, z, at, hair)
@@ -519,7 +518,7 @@ def load_image(
             if not isinstance(v, np.ndarray) or v.ndim != 1 or not len(v) or v.dtype.kind not in 'fiu' or not np.isfinite(v.astype('float32')).all():
                 raise InputError(f"an embedding is one vector of finite numbers, not {getattr(v, 'dtype', 'an archive')} of shape {getattr(v, 'shape', '()')}", file=path)
             return v.astype('float32')
-        with Image.open(path) as im: im = _to_rgb(ImageOps.exif_transpose(im))
+        with Image.open(path) as file: im = _to_rgb(ImageOps.exif_transpose(file))
     except InputError: raise
     except Exception as e: raise InputError(f'is not a readable picture: {printable(e)}', file=path) from e    # damage makes decoders raise anything
     return np.asarray(ImageOps.fit(im, (size, size), Image.LANCZOS), 'float32').transpose(2, 0, 1)/255

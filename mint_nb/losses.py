@@ -62,7 +62,9 @@ NLL_ON = ('response', 'llama-factory', 'trl')
 def nll(lp: Logps, nll_on: str = 'response', total: Optional[Total] = None) -> Tensor:
     "Negative log-likelihood of the chosen answers, by one of `NLL_ON`."
     total = total or total_of(lp)
-    if nll_on == 'trl': return -(lp.chosen + lp.prompt).sum() / total.read
+    if nll_on == 'trl':
+        assert lp.prompt is not None, 'this one reads the prompt too'
+        return -(lp.chosen + lp.prompt).sum() / total.read
     if nll_on == 'llama-factory': return -(lp.chosen / lp.chosen_len).sum() / total.items
     return -lp.chosen.sum() / total.chosen
 
@@ -97,16 +99,23 @@ def orpo_list_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, 
     return likelihood + beta*ratio, {'nll': likelihood.detach(), 'odds_ratio_loss': ratio.detach(), 'log_odds': gap.sum().detach() / total.items}
 
 # %% ../nbs/31_losses.ipynb #0025
+def _log_ratios(lp: Logps) -> tuple[Tensor, Tensor]:   # (B,) chosen, (R,) rejected
+    "Log-ratios of the answers to the reference model."
+    assert lp.ref_chosen is not None and lp.ref_rejected is not None, 'the loss needs a reference model'
+    return lp.chosen - lp.ref_chosen, lp.rejected - lp.ref_rejected
+
 def dpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, **_) -> tuple[Tensor, dict]:
     "Direct preference optimisation against a reference model."
     total = total or total_of(lp)
-    margin = beta*((lp.chosen - lp.ref_chosen)[lp.owner] - (lp.rejected - lp.ref_rejected))
+    good, bad = _log_ratios(lp)
+    margin = beta*(good[lp.owner] - bad)
     return -F.logsigmoid(margin).sum() / total.pairs, {'margin': margin.sum().detach() / total.pairs, 'nll': nll(lp, total=total).detach()}
 
 def ipo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, **_) -> tuple[Tensor, dict]:
     "Identity preference optimisation, on log-ratios per token."
     total = total or total_of(lp)
-    gap = ((lp.chosen - lp.ref_chosen) / lp.chosen_len)[lp.owner] - (lp.rejected - lp.ref_rejected) / lp.rejected_len
+    good, bad = _log_ratios(lp)
+    gap = (good / lp.chosen_len)[lp.owner] - bad / lp.rejected_len
     return ((gap - 1/(2*beta))**2).sum() / total.pairs, {'margin': gap.sum().detach() / total.pairs, 'nll': nll(lp, total=total).detach()}
 
 # %% ../nbs/31_losses.ipynb #0029
@@ -119,7 +128,7 @@ def simpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 2.0, gamm
 def kto_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, kl: float = 0.0, **_) -> tuple[Tensor, dict]:
     "Kahneman-Tversky optimisation; `kl` is the zero point, a number without gradient."
     total = total or total_of(lp)
-    good, bad = lp.chosen - lp.ref_chosen, lp.rejected - lp.ref_rejected
+    good, bad = _log_ratios(lp)
     loss = ((1 - torch.sigmoid(beta*(good - kl))).sum() + (1 - torch.sigmoid(beta*(kl - bad))).sum()) / (total.items + total.pairs)
     return loss, {'margin': beta*(good.sum()/total.items - bad.sum()/total.pairs).detach(), 'nll': nll(lp, total=total).detach()}
 

@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from .core import InputError
 from .ontology import Ontology, read_tsv
 from .patients import documents
-from .tasks import Case, Catalogue, Ranker, Rankings, Resolved, make_rankings, rankings_from_scores
+from .tasks import Case, Catalogue, Rankings, Resolved, make_rankings, rankings_from_scores
 
 # %% ../nbs/11_matching.ipynb #0007
 def catalogue_of(
@@ -88,7 +88,7 @@ class GeneCatalogue(Catalogue):
 
     def resolve(self, name: str) -> Resolved:
         "Find the gene that a written name means."
-        found = super().resolve(name)
+        found = Catalogue.resolve(self, name)
         if found.id: return found
         m = re.match(r'''\W*([A-Z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*)['"`*_\s]*(?:[(\[:;,/–—]|- |gene\b)''', str(name))
         return Resolved(self._symbols[m[1]], 'exact', 1.0) if m and m[1] in self._symbols else found

@@ -11,7 +11,7 @@ __all__ = ['hpo', 'extractor', 'METHODS', 'StoredRanker', 'Method', 'with_findin
 import functools
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -106,9 +106,9 @@ def retrieval_method(**changes) -> Method:
 
 def talk_of(run: Run, model: str, seed: int) -> Callable[[], Dialogues]:
     "What makes conversations with a student of the run, or with the model behind its endpoint."
-    if model == 'api': return lambda: EndpointDialogues(run.params.endpoint, run/'predictions/replies', seed)
+    if model == 'api': return lambda: EndpointDialogues(run.params.endpoint, run/'predictions/replies', seed)   # type: ignore[return-value]   # `turn` is patched
     student = load_aligned(run, model, seed)
-    return lambda: StudentDialogues(student)
+    return lambda: StudentDialogues(student)   # type: ignore[return-value]
 
 # %% ../nbs/48_methods.ipynb #0018
 def reason_method(
@@ -149,7 +149,7 @@ def get_method(name: str) -> Method:
 
 def build_ranker(run: Run, method: str, seed: int = 0) -> Ranker:
     "The ranker of a method, from what earlier stages left in the run."
-    ranker = get_method(method).build(run, seed)
+    ranker: Any = get_method(method).build(run, seed)
     return replace(ranker, constrained=True, name=method) if method.endswith('_constrained') else ranker
 
 # %% ../nbs/48_methods.ipynb #0023

@@ -14,7 +14,7 @@ __all__ = ['ARCHITECTURES', 'GLANDULAR', 'SOLID', 'MORPHOLOGY', 'TISSUES', 'FIEL
 
 # %% ../nbs/06_nuclei.ipynb #0003
 import re, zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Callable, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -127,7 +127,7 @@ def rings(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     r = r*(1 + .05*np.sin(3*np.arctan2(v, u) + wave[:, None, None]))
     near = r.min(0) if len(c) else np.full((size, size), 9.)
     kind = np.where(near >= 1, STROMA, np.where(near >= m.lumen, CELL, OPEN))
-    cells = [ring_cells(m, a, turn, *centre, radius, rng) for centre, radius in zip(c, R)]
+    cells = [ring_cells(m, a, turn, x, y, radius, rng) for (x, y), radius in zip(c, R)]
     return Layout(np.concatenate([_EMPTY, *cells]), kind, np.clip((1 - near)/(1 - m.lumen + 1e-6), 0, 1))
 
 # %% ../nbs/06_nuclei.ipynb #0023

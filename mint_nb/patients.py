@@ -24,7 +24,7 @@ from typing import Any, Iterable, Iterator, Literal, Optional, Sequence
 import numpy as np, pandas as pd
 
 from .core import CohortParams, InputError, digest, printable, progress, read_table
-from .ontology import UNSTATED, Ontology, load_ontology
+from .ontology import UNSTATED, Ontology
 from .tasks import Case, Catalogue, Finding, normalise
 
 # %% ../nbs/04_patients.ipynb #0006
@@ -51,9 +51,9 @@ def eligible_diseases(ontology: Ontology) -> pd.DataFrame:
     for d, name in ((d, n) for d, n in ontology.diseases.items() if len(n) <= NAME_LENGTH):
         found = phenotype_findings(ontology, d)
         if 2*sum(p != UNSTATED for _, p in found) < len(found): continue
-        face = sum(p for t, p in found if ontology.is_facial(t))
+        face = [p for t, p in found if ontology.is_facial(t)]
         genes = [g for _, g in ontology.genes(d) if g != '-'] or ['']     # some NCBI genes have no symbol
-        rows.append((d, name, series(name), face, sum(p for _, p in found) - face, genes[0]))
+        rows.append((d, name, series(name), sum(face), sum(p for _, p in found) - sum(face), genes[0]))
     t = pd.DataFrame(rows, columns=['disease_id', 'name', 'series', 'facial', 'other', 'gene'])
     return t[(t.facial >= FACIAL) & (t.other >= OTHER)].reset_index(drop=True)
 
@@ -228,7 +228,7 @@ def view_of(
     finding: Finding,
     written: bool,        # does the note say it?
     ontology: Ontology,
-) -> str:                 # 'note', 'portrait', 'both' or 'record'
+) -> Literal['note', 'portrait', 'both', 'record']:
     "Where a finding can be seen."
     face = ontology.is_facial(finding.id) and not finding.excluded
     return ('both' if written else 'portrait') if face else ('note' if written else 'record')
@@ -247,8 +247,8 @@ def add_note(
     if case.note: return case
     present, absent = choose_for_note(case, ontology, style, max_findings, seed)
     marked = tuple(replace(f, view=view_of(f, f in present or f in absent, ontology)) for f in case.phenotypes)
-    words = [[phrase(f.label) for f in fs] for fs in (present, absent)]
-    note = say(describe(case.sex, case.age), *words, style, noise, case_rng(seed + 1, case.id))
+    has, lacks = ([phrase(f.label) for f in fs] for fs in (present, absent))
+    note = say(describe(case.sex, case.age), has, lacks, style, noise, case_rng(seed + 1, case.id))
     return replace(case, note=note, phenotypes=tuple(f for f in marked if keep or f.view != 'record'))
 
 # %% ../nbs/04_patients.ipynb #0054
@@ -416,7 +416,7 @@ def documents(
     path: Path | str,    # a .json file, a folder of them, a .zip of them, or .jsonl (also .jsonl.gz)
 ) -> Iterator[tuple[str, Any]]:   # where it stands, and the object (an `InputError` if it cannot be read)
     "All JSON objects of a source, in a fixed order."
-    path = Path(path)
+    path = Path(path); found: Iterator[tuple[str, bytes]]
     if not path.exists(): raise InputError('does not exist', file=path)
     if path.is_dir(): found = ((p.relative_to(path).as_posix(), p.read_bytes()) for p in sorted(path.rglob('*.json')) if not p.name.startswith('.') and p.is_file())
     elif path.suffix == '.zip': found = _zip_entries(path)
@@ -560,7 +560,8 @@ def load_phenopackets(
     labels: bool = True,        # read diagnoses
 ) -> tuple[list[Case], list[InputError]]:   # cases, and problems
     "Read cases from phenopackets or plain notes."
-    cases, problems, strict = {}, [], on_error == 'raise'
+    problems: list[InputError] = []
+    cases, strict = {}, on_error == 'raise'
     for place, obj in progress(documents(path), desc='reading cases'):
         try:
             if isinstance(obj, InputError): raise obj
@@ -594,7 +595,7 @@ def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, 
     age = number('age_year') + number('age_month')/12 if known else None
     if age is not None and age >= OLDEST: age = None; problems.append(InputWarning('is no age of a person; left out', **place, field='age_year'))
     sex = {'f': 'female', 'm': 'male'}.get(row.get('gender', '')[:1].lower())
-    return Case(f"GMDB-{row['image_id']}", image=crop and str(crop.resolve()), phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
+    return Case(f"GMDB-{row['image_id']}", image=str(crop.resolve()) if crop else None, phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
                 labels=told), problems
 
 # %% ../nbs/04_patients.ipynb #0122
@@ -667,7 +668,7 @@ def catalogue_of_cases(
 # %% ../nbs/04_patients.ipynb #0138
 def choose_answers(
     cases: Sequence[Case],
-    ontology: Ontology,
+    ontology: Optional[Ontology],   # None: the answers are no diseases
     params: CohortParams,
     label: str = 'disease',
 ) -> pd.DataFrame:       # the rows of `answer_table` that were chosen, by name

@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from .align import load_aligned, needs_warm_up
 from .attribution import masking_check, mean_colour, tile_map
 from .candidates import CandidateRanker
-from .cohort import cohort_cases, cohort_catalogue, make_cohort, shows_cases
+from .cohort import cohort_cases, cohort_catalogue, make_cohort
 from .core import InputError, Run, file_digest, progress, run_stage, stage_key, versions, write_jsonl, write_table
 from .deliver import new_cases, new_tiles, run_answers, write_predictions
 from .matching import NaiveBayesRanker, catalogue_of, gene_catalogue

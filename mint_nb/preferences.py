@@ -6,20 +6,18 @@
 __all__ = ['variant_of', 'dataset_card', 'preferences', 'write_preferences', 'preference_rows']
 
 # %% ../nbs/29_preferences.ipynb #0003
-import json
-from pathlib import Path
-from typing import Optional, Sequence
+from typing import Optional
 
 import pandas as pd, yaml
 
 from .cohort import cohort_cases, cohort_catalogue, make_cohort, shows_cases
 from .core import InputError, Run, atomic_path, read_json, read_table, run_stage, write_json
-from .pairs import Problem, checks, make_pairs, pair_summary, refuse, without_cases
+from .pairs import checks, make_pairs, pair_summary, refuse, without_cases
 from .tasks import get_task, method_name
 from .upstream import teacher_rankings, upstream
 
 # %% ../nbs/29_preferences.ipynb #0005
-_VARIANTS = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True},
+_VARIANTS: dict[str, dict] = {'mint': {}, 'mint_list': {'n_rejected': 4}, 'mint_note': {'gold': 'keep'}, 'mint_shuffled': {'gold': 'keep', 'shuffle': True},
              'mint_drop': {'gold': 'drop'}, 'sft_gold': {'gold': 'only', 'n_rejected': 1}}
 
 def variant_of(
@@ -92,6 +90,6 @@ def preference_rows(
     variant: str = 'mint',
 ) -> list[dict]:   # the rows, with lists of messages
     "Read the rows of a preference dataset back."
-    plain = lambda v: [plain(x) for x in v] if hasattr(v, '__len__') and not isinstance(v, (str, dict)) else v
+    def plain(v): return [plain(x) for x in v] if hasattr(v, '__len__') and not isinstance(v, (str, dict)) else v
     table = read_table(run/f'preferences/{variant}-{seed}/train.parquet')
     return [{k: plain(v) for k, v in r.items()} for r in table.to_dict('records')]

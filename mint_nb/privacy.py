@@ -92,7 +92,8 @@ def check_shown(
     if shows_cases(run) or not (run/'cases/cases.parquet').exists(): return 0
     secrets, count = run_secrets(run), 0
     for copy in sorted((run/'notebooks').glob('*.ipynb')):
-        for count, (cell, text) in enumerate(outputs(read_json(copy)), count + 1):
+        for cell, text in outputs(read_json(copy)):
+            count += 1
             if what := leak(text, secrets): raise _shown(what, copy, cell)
     for page in [run/'analysis/report.html', *sorted(run.path.glob('analysis/*.md')), *sorted(run.path.glob('preferences/*/README.md'))]:
         if page.exists() and (what := leak(page.read_text(), secrets)): raise _shown(what, page)

@@ -128,7 +128,7 @@ def published_figure(
     for ax, panel in zip(axes[0], panels):
         t = ours[ours.panel == panel]
         y = [labels.index(l) for l in t.label]
-        for n, (name, v) in enumerate(PUBLISHED.items()):
+        for name, v in PUBLISHED.items():
             ax.axvline(v, color='#9ca3af', lw=1, ls=(0, (4, 3)))
             ax.text(v, -1.1 if name == 'o1-preview' else -.65, f' {name} {100*v:.1f} ', fontsize=7.5, color='#6b7280', ha='right' if name == 'GPT-4o' else 'left', va='bottom')
         ax.hlines(y, t.lo, t.hi, color='#0f766e', lw=2.4, alpha=.45)

@@ -12,7 +12,6 @@ __all__ = ['LOOKS', 'PROTOCOL_COLOURS', 'COLUMNS', 'TILE_COLUMNS', 'NOTICE', 'CA
 
 # %% ../nbs/50_report.ipynb #0003
 import base64, functools, html, io, re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Optional, Sequence
@@ -306,7 +305,7 @@ def by_answer(
     t = per_case[per_case.metric == metric].assign(answer=lambda d: d.case_id.map(true)).dropna(subset='answer')
     n = t.groupby('answer').case_id.nunique()
     wide = t.pivot_table(index='answer', columns='method', values='value')[in_order(t.method)]
-    short = lambda a: (s if len(s := catalogue.names.get(a, a)) <= 40 else f'{s[:24].rstrip()}…{s[-15:].lstrip()}')   # subtypes differ at the end
+    short = lambda a: (s if len(s := str(catalogue.names.get(a, a))) <= 40 else f'{s[:24].rstrip()}…{s[-15:].lstrip()}')   # subtypes differ at the end
     wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False, kind='stable').index]
     wide.index = pd.Index([f'{short(a)}  ({n[a]})' for a in wide.index], name='answer (test cases)')
     return wide

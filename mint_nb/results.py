@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .core import read_json
 from .metrics import paired_differences, results_table
 from .report import drawn, in_order, interval_text, look, results_markdown, results_wide
-from .study import COMPARED, LISTS, TRAINING, cohort_results, comparisons, pieces, results_folder, study_cases, study_general
+from .study import COMPARED, LISTS, TRAINING, cohort_results, comparisons, pieces, results_folder
 
 # %% ../nbs/63_results.ipynb #0006
 def verdict(

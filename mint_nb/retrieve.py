@@ -11,9 +11,8 @@ __all__ = ['frequency_group', 'disease_facts', 'Document', 'write_document', 'do
 
 # %% ../nbs/40_retrieve.ipynb #0003
 import hashlib, os, re, subprocess, sys, tempfile, time, zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 
@@ -317,7 +316,7 @@ def forget(self: Retriever, pairs: Sequence[tuple[str, str]]) -> list[tuple[Docu
     "Documents of diseases without what a publication reported, and their vectors: of each pair (disease, publication)."
     new = [p for p in dict.fromkeys(pairs) if p not in self._forgotten]
     if new:
-        changed = documents(self.ontology, *map(list, zip(*new)), shared=self.shared)
+        changed = documents(self.ontology, [d for d, _ in new], [p for _, p in new], shared=self.shared)
         vectors = self.encoder.encode([d.text for d in changed], 'document', _DOCUMENT_TOKENS) if self.encoder else [None]*len(new)
         self._forgotten |= dict(zip(new, zip(changed, vectors)))
     return [self._forgotten[p] for p in pairs]
@@ -552,7 +551,7 @@ def search_speed(
     "Measure how many queries a second a retriever answers."
     jobs = {'all': lambda q: retriever.search(q), 'words': lambda q: retriever.words.scores(q)}
     if retriever.encoder: jobs['encoder'] = lambda q: retriever.encoder.encode([retriever.words.condense(x) for x in q], 'query')
-    out = {'threads': torch.get_num_threads()}
+    out: dict[str, float] = {'threads': torch.get_num_threads()}
     for name, job in jobs.items():
         job(queries[:32])
         clock, cpu = time.perf_counter(), time.process_time()

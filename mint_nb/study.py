@@ -59,11 +59,11 @@ LABELS = ('teacher', 'teacher_note', 'linear', 'linear_both', 'sft', 'mint', 'mi
 ALL = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint', 'mint_note', 'sft_gold')
 
 # %% ../nbs/61_study.ipynb #0011
-LISTS = {'k = 1': {'pairs.k': 1}, 'k = 2': {'pairs.k': 2}, 'q = 1': {'pairs.q': 1}, 'q = 2': {'pairs.q': 2}, '2 rejected lists': {'pairs.n_rejected': 2},
+LISTS: dict[str, dict] = {'k = 1': {'pairs.k': 1}, 'k = 2': {'pairs.k': 2}, 'q = 1': {'pairs.q': 1}, 'q = 2': {'pairs.q': 2}, '2 rejected lists': {'pairs.n_rejected': 2},
          '4 rejected lists': {'pairs.n_rejected': 4}, 'reversed': {'pairs.rejected_order': 'reversed'}, 'random order': {'pairs.rejected_order': 'random'}}
-TRAINING = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.},
+TRAINING: dict[str, dict] = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.},
             '4 layers': {'student.lora_layers': 4}, '16 layers': {'student.lora_layers': 16}, 'truth first': {'pairs.gold': 'first'}}
-REAL = {'dysmorphic': {'cohort.diseases': 0, 'cohort.min_facial': 2.}, 'all': {'cohort.diseases': 0, 'cohort.train': 480}}
+REAL: dict[str, dict] = {'dysmorphic': {'cohort.diseases': 0, 'cohort.min_facial': 2.}, 'all': {'cohort.diseases': 0, 'cohort.train': 480}}
 
 # %% ../nbs/61_study.ipynb #0012
 def pieces() -> list[Piece]:   # in the order in which they are run
@@ -210,7 +210,7 @@ def piece_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
     t = pd.concat(parts, ignore_index=True)
     number = lambda column: t[column].map({v: i for i, v in enumerate(sorted(t[column].unique()))})
     t = t.assign(case=number('case_id'), group=number('group'))
-    return t[['condition', 'method', 'seed', 'case', 'group', 'face', *KEEP]].astype({k: 'float32' for k in KEEP})
+    return t[['condition', 'method', 'seed', 'case', 'group', 'face', *KEEP]].astype(dict.fromkeys(KEEP, 'float32'))
 
 # %% ../nbs/61_study.ipynb #0031
 def general_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:

@@ -9,15 +9,15 @@ __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'PROTOCOLS', 'Finding', 'Case
 
 # %% ../nbs/02_tasks.ipynb #0003
 import json, re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, NamedTuple, Optional, Protocol, Sequence, runtime_checkable
+from typing import Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from rapidfuzz import fuzz, process   # C++ string similarity; difflib would need seconds per answer over 8,000 names
 
-from .core import InputError, digest, read_table, write_table
+from .core import InputError, read_table, write_table
 
 # %% ../nbs/02_tasks.ipynb #0006
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Catalogue:
         self._fuzzy, self._memo = list({**self._exact, **self._synonym}), {}
 
     def __len__(self): return len(self.ids)
-    def __contains__(self, id: str): return id in self.index
+    def __contains__(self, id: Optional[str]): return id in self.index
     def __repr__(self): return f'Catalogue({len(self)} answers, {len(self._synonym)} synonyms)'
     def to_json(self) -> dict:
         "Plain form, for the run folder."
@@ -208,7 +208,7 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 # %% ../nbs/02_tasks.ipynb #0032
-Rankings = pd.DataFrame
+Rankings: TypeAlias = pd.DataFrame
 RANKING_COLUMNS = ('case_id', 'rank', 'answer_id', 'written', 'score', 'prob')
 
 def make_rankings(

@@ -8,8 +8,7 @@ __all__ = ['View', 'MISSING', 'CONVERT', 'MIX', 'WORDS_FASTER', 'phrases', 'word
            'load_teacher', 'folds_of', 'cross_fit']
 
 # %% ../nbs/10_teachers.ipynb #0003
-import json, re
-from dataclasses import replace
+import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 
@@ -70,7 +69,7 @@ def gentle_start(
 def small_vilt(params: TeacherParams, vocab: int, labels: int, image_size: int) -> ViltForQuestionAnswering:
     "A ViLT from a config, for training from scratch."
     config = ViltConfig(vocab_size=vocab, hidden_size=params.hidden, num_hidden_layers=params.layers, num_attention_heads=params.heads,
-                        intermediate_size=2*params.hidden, image_size=image_size, patch_size=params.patch, max_position_embeddings=128, num_labels=labels,
+                        intermediate_size=2*params.hidden, image_size=image_size, patch_size=params.patch, max_position_embeddings=128, num_labels=labels,   # type: ignore[call-arg]   # every config takes num_labels
                         hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
     model = ViltForQuestionAnswering(config)
     gentle_start(model)
@@ -83,7 +82,7 @@ def pooled(
 ) -> Tensor:                # (n, hidden)
     "The encoder's summary of text and picture."
     e, x = model.vilt.embeddings, b['pixels']
-    if x.ndim == 2: x = model.project(x)[:, None] + e.position_embeddings[:, 1:2]
+    if x.ndim == 2: x = model.project(x)[:, None] + e.position_embeddings[:, 1:2]   # type: ignore[operator]   # the layer that `build` adds
     else: x = e.patch_embeddings((x - .5)/.5).flatten(2).transpose(1, 2) + e.position_embeddings[:, 1:]
     cls = (e.cls_token + e.position_embeddings[:, :1]).expand(len(x), -1, -1)
     x = e.dropout(torch.cat([cls, x], 1))
@@ -186,7 +185,8 @@ class Teacher:
         seed: int = 0,
     ):
         self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
-        self.image_size, self.models, self.tok, self._pictures = image_size, [], None, {}
+        self.image_size, self.models, self._pictures = image_size, [], {}
+        self.tok: Any = None      # the tokenizer, from `build`
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../nbs/10_teachers.ipynb #0033

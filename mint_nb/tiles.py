@@ -12,6 +12,7 @@ __all__ = ['READABLE', 'SPELLINGS', 'MIN_SIDE', 'MODES', 'PICTURES', 'NO_PATIENT
 import io, re, sys, zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Literal, NamedTuple, Optional, Sequence
 
@@ -183,7 +184,7 @@ def _zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
     def reader(name):
         try: return archive.read(name)
         except Exception as e: raise InputError(f'cannot be unpacked: {printable(e, 80)}', file=f'{path.name}/{name}') from e
-    return {n: (lambda n=n: reader(n)) for n in archive.namelist() if not n.endswith('/')}
+    return {n: partial(reader, n) for n in archive.namelist() if not n.endswith('/')}
 
 # %% ../nbs/07_tiles.ipynb #0031
 def tile_files(

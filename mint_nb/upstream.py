@@ -10,7 +10,7 @@ from typing import Any, Callable, Literal, Optional, Sequence
 
 import numpy as np
 
-from .core import InputError, Run, read_json, read_table, run_stage, write_json, write_table
+from .core import InputError, Run, read_table, run_stage, write_json, write_table
 from .tasks import Case, Catalogue, Rankings, get_task, rankings_from_scores
 from .cohort import cohort_captions, cohort_cases, cohort_catalogue, make_cohort
 from .dual import DUAL_VIEWS, DualTeacher
@@ -20,7 +20,7 @@ from .teachers import Teacher, cross_fit
 def accuracy(
     scores: np.ndarray,        # (n, N)
     cases: Sequence[Case], catalogue: Catalogue, label: str,
-) -> dict[str, float]:         # top1, top5, n
+) -> dict[str, Optional[float]]:   # top1, top5 (None without a known truth), n
     "Share of cases whose truth is first, or among the first five."
     at = [(i, catalogue.index[c.labels[label]]) for i, c in enumerate(cases) if c.labels.get(label) in catalogue]
     if not at: return dict(top1=None, top5=None, n=0)

@@ -10,7 +10,7 @@ __all__ = ['read_pixels', 'VisionTower', 'make_tower', 'load_tower', 'caption_wo
 import functools, re
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Callable, Sequence
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel, ViTConfig, ViTModel
 
 from .core import InputError, VisionParams, atomic_path, digest, one_cycle, progress, read_json, write_json
 
@@ -45,8 +45,9 @@ def read_pixels(
 # %% ../nbs/28_vision.ipynb #0012
 class VisionTower(nn.Module):
     "A vision transformer and a projector: for each patch of an image a vector as wide as a language model's embeddings."
+    project: Callable[[Tensor], Tensor]     # a method, below
     def __init__(self,
-        encoder: nn.Module,     # gives states of patches, the first one of the class token
+        encoder: PreTrainedModel,   # gives states of patches, the first one of the class token
         width: int,             # of the language model's embeddings
         rms: float = 1.,        # root mean square of their numbers
         merge: int = 1,         # merge x merge neighbouring patches become one vector
@@ -169,6 +170,7 @@ def _draws(n: int, batch: int, steps: int, rng: np.random.Generator):
 # %% ../nbs/28_vision.ipynb #0035
 class WordHead(nn.Module):
     "Which words does the caption have? Asked of the patches, and of the vectors for the language model."
+    meanings: Tensor
     def __init__(self,
         hidden: int,         # width of the patches' states
         meanings: Tensor,    # (words, width) embeddings of the words

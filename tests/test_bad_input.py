@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mint_nb.cli import app
-from mint_nb.core import InputError, open_run
+from mint_nb.core import InputError
 from mint_nb.patients import check_splits, load_cases
 from mint_nb.ontology import load_ontology
 from mint_nb.tasks import Case, list_sizes

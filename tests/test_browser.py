@@ -93,9 +93,9 @@ def lab(tmp_path_factory):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = os.environ | {'MINT_QUIET': '', 'HOME': str(home), 'JUPYTER_CONFIG_DIR': str(home/'.config'), 'JUPYTER_DATA_DIR': str(home/'.data'), 'JUPYTER_RUNTIME_DIR': runtime, 'PYTHONPATH': str(ROOT),
                         'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', str(Path.home()/'.cache'))}
-    log = open(home/'lab.log', 'w')
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--port={port}', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={home}',
-                               '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--KernelManager.transport=ipc'], cwd=home, env=env, stdout=log, stderr=log)
+    with open(home/'lab.log', 'w') as log:
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--port={port}', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={home}',
+                                   '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--KernelManager.transport=ipc'], cwd=home, env=env, stdout=log, stderr=log)
     try:
         for _ in range(240):
             try: socket.create_connection(('127.0.0.1', port), 1).close(); break

@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 
 from mint_nb.calibrate import TREATMENTS, bin_accuracy, calibration_loss, calibration_targets, published_calibration_loss
 from mint_nb.calibration import MEASURES, calibration_error, conformal_lists, ece_bounds, fit_conformal, list_table
-from mint_nb.core import InputError, open_run, read_json
+from mint_nb.core import open_run
 
 
 def table(seed, n=300, N=6, heat=2.0):

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from mint_nb.core import InputError, TeacherParams, open_run, read_json, read_table, resolve_params, write_json
 from mint_nb.dual import (DUAL_VIEWS, DualTeacher, TextureRanker, caption_tokenizer, contrastive_loss, embed_texts, embed_tiles, learn_pairs, linear_probe, load_dual, pixels, pretrained_clip, small_clip,
                           texture_features, tile_benchmark)
-from mint_nb.nuclei import TISSUES, random_tiles, simulate_tile
+from mint_nb.nuclei import random_tiles, simulate_tile
 from mint_nb.tasks import Case, Ranker
 from mint_nb.teachers import cross_fit
 from mint_nb.tiles import tissue_catalogue
@@ -102,7 +102,7 @@ def test_weights_from_a_folder(teacher, tiles, tmp_path):
     assert own.image_size == 32 and own.norm == ((.5,)*3, (.5,)*3)
     assert all(torch.equal(a, b) for a, b in zip(own.clip.parameters(), teacher.clip.parameters()))      # not trained on captions
     assert load_dual(own.save(tmp_path/'own'), folder).scores(cases[:4], 'tuned') == pytest.approx(own.scores(cases[:4], 'tuned'), abs=1e-5)
-    torch.save({k: v for k, v in teacher.clip.state_dict().items()}, tmp_path/'plip/pytorch_model.bin'); (tmp_path/'plip/model.safetensors').unlink()
+    torch.save(dict(teacher.clip.state_dict()), tmp_path/'plip/pytorch_model.bin'); (tmp_path/'plip/model.safetensors').unlink()
     with pytest.raises(InputError, match='pytorch_model.bin.*is a pickle.*save_file'): pretrained_clip(tmp_path/'plip')        # the form in which PLIP is published: convert it once
 
 

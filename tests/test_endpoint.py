@@ -29,9 +29,9 @@ class Proxy(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 
-    def answer(self, status, content, headers={}):
+    def answer(self, status, content, headers=None):
         self.send_response(status)
-        for k, v in {'Content-Type': 'application/json', 'Content-Length': len(content), **headers}.items(): self.send_header(k, str(v))
+        for k, v in {'Content-Type': 'application/json', 'Content-Length': len(content), **(headers or {})}.items(): self.send_header(k, str(v))
         self.end_headers(); self.wfile.write(content)
 
     def do_POST(self):

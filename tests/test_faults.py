@@ -39,7 +39,7 @@ def test_full_disk_through_the_command(tmp_path):
     full = cohort_command(out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
     _, err = full.communicate(timeout=240)
     assert full.returncode in (1, 2) and 'Traceback' not in err and 'File too large' in err, err
-    assert not stage_done(Run(out, open_params(out)), 'cohort') and not [p for p in out.rglob('*.tmp')]
+    assert not stage_done(Run(out, open_params(out)), 'cohort') and not list(out.rglob('*.tmp'))
     entry = make_cohort(Run(out, open_params(out)))
     assert entry['status'] == 'done' and len(cohort_cases(Run(out, open_params(out)))) == 56
 

@@ -1,5 +1,5 @@
 """What only CUDA can show, and the plumbing of the GPU check, which runs anywhere."""
-import importlib.util, json, os, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest, torch

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, psutil, pytest, yaml
 
 from mint_nb.core import InputError, read_table
-from mint_nb.grid import Job, Local, OnSlurm, engine_for, grid_wide, job_of, plan_grid, read_grid, run_grid
+from mint_nb.grid import Local, OnSlurm, engine_for, grid_wide, job_of, read_grid, run_grid
 
 SMALL = {'profile': 'smoke', 'overrides': {'cohort.train': 16, 'cohort.test': 8}, 'methods': ['linear', 'mint'], 'seeds': [0], 'vary': {'train.beta': [.1, .5]}, 'retries': 1}
 needs = lambda package: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f'{package} is not installed (extra grid)')
@@ -48,7 +48,7 @@ def test_the_table_has_every_cell(here):
 
 def test_a_failing_cell_is_tried_again_reported_and_stops_nothing(tmp_path):
     "A student whose weights are cut off: the error is that of the file format, so it is no matter of a wrong parameter."
-    from mint_nb.students import load_student, smollm2_folder
+    from mint_nb.students import load_student
     broken = tmp_path/'broken'
     s = load_student('tiny'); s.model.save_pretrained(broken); s.tokenizer.save_pretrained(broken)
     (broken/'model.safetensors').write_bytes((broken/'model.safetensors').read_bytes()[:1000])
@@ -85,7 +85,6 @@ def test_local_processes_give_the_same_table(here, tmp_path):
 
 
 def test_a_killed_process_is_tried_again(tmp_path):
-    grid, began = read_grid(SMALL), time.time()
     job, engine = job_of('cohort', {}), Local(read_grid(SMALL), 1)
     (tmp_path/'base').mkdir()
     handle = engine.submit(tmp_path/'base', job)

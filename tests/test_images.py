@@ -1,5 +1,4 @@
 "Portraits and pictures: the terms exist, the drawings are stable, and bad files are named."
-from pathlib import Path
 
 import numpy as np, pytest
 from PIL import Image

@@ -1,5 +1,5 @@
 """The notebooks as source: in order, clean, in sync with the modules, small cells, enough prose."""
-import ast, builtins, dis, filecmp, importlib, json, re, shutil, statistics, subprocess, sys
+import ast, builtins, dis, filecmp, importlib, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, yaml

@@ -1,6 +1,5 @@
 "Contracts of the ontology that do not fit the notebook: other releases, broken files, the cache."
-import shutil, subprocess, sys
-from pathlib import Path
+import subprocess, sys
 
 import numpy as np, pytest
 

@@ -1,12 +1,12 @@
-"""The pipeline from end to end with the smoke profile: Python interface, command, plain papermill, kill -9 and resume."""
-import json, os, re, shutil, signal, subprocess, sys, time
+"""The pipeline from end to end with the smoke profile: Python interface, command, plain papermill, Ctrl-C and resume."""
+import re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, pandas as pd, psutil, pytest, yaml
 
 from conftest import ROOT, SMOKE_METHODS
-from mint_nb.core import Run, open_params, read_table
-from mint_nb.pipeline import ALIGNED, NotebookFailed, Step, plan, run_group, run_notebook, run_pipeline, status, step_state
+from mint_nb.core import open_params, read_table
+from mint_nb.pipeline import ALIGNED, NotebookFailed, Step, plan, run_group, run_pipeline, status
 
 BIN = Path(sys.executable).parent
 METRICS = ['top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car']

@@ -11,10 +11,10 @@ from mint_nb.dialogue import Dialogues, StudentDialogues, agreement_length, cut_
 from mint_nb.ontology import load_ontology
 from mint_nb.patients import simulate_cohort
 from mint_nb.predict import append_texts, read_texts
-from mint_nb.reason import PROTOCOLS, ReasonRanker, categories, final_list, fresh_shares, log_text, message, phenotypes_from_text, protocol_turns, steps
+from mint_nb.reason import PROTOCOLS, ReasonRanker, categories, final_list, fresh_shares, log_text, phenotypes_from_text, steps
 from mint_nb.retrieve import Retriever
 from mint_nb.students import Student, chat_marks, load_student
-from mint_nb.tasks import Case, Catalogue, Ranker, get_task
+from mint_nb.tasks import Catalogue, Ranker, get_task
 
 TASK, GENE = get_task('disease'), get_task('gene')
 SYSTEM = 'You are a genetic counselor.'

@@ -150,7 +150,7 @@ def test_real_notes_over_catalogue_of_their_diseases(ontology, encoder, data):
 def test_committed_table_is_complete():
     "benchmarks/retrieval.csv: command in the first line, every method under every control, fusion not worse than its parts."
     path = os.path.join(os.path.dirname(__file__), '..', 'benchmarks', 'retrieval.csv')
-    assert open(path).readline().startswith('# ')
+    with open(path) as f: assert f.readline().startswith('# ')
     t = pd.read_csv(path, comment='#')
     assert {'notes', 'phenopackets'} == set(t.cohort)
     for key, g in t[t.metric == 'recall@10'].groupby(['cohort', 'control', 'notes']):

@@ -1,11 +1,9 @@
 """The study's machinery: pieces run in worker processes, are written as they finish, and go on after a kill."""
-import os, signal, subprocess, sys, time
-from pathlib import Path
 
-import pandas as pd, pytest
+import pytest
 
 from mint_nb.core import read_json, read_table
-from mint_nb.study import Piece, comparisons, fork, pieces, run_piece, study_cases, study_general, write_piece
+from mint_nb.study import Piece, comparisons, pieces, run_piece, study_cases, study_general, write_piece
 
 DEMO = Piece('demo', 'simulated', '', 0, ('chance', 'linear', 'base', 'sft', 'mint'), {}, {'q = 1': {'pairs.q': 1}})
 

@@ -1,6 +1,5 @@
 "The teacher: who ranked whom, missing views, embeddings, foreign weights, and being the same twice."
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np, pytest, torch
 from safetensors.torch import save_file

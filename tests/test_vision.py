@@ -1,5 +1,4 @@
 "Students that see: real vision-language models by their own processors, the engine's exactness with images, bad pictures, and a run from tiles to a report."
-import os
 from dataclasses import replace
 
 import numpy as np, pytest, torch
@@ -9,9 +8,9 @@ from transformers import (AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from mint_nb.core import InputError, StudentParams, TrainParams, VisionParams
-from mint_nb.decode import NameTrie, StudentRanker, decode_batch, encode_prompts, generate, score_names
+from mint_nb.decode import StudentRanker, decode_batch, encode_prompts, generate, score_names
 from mint_nb.engine import Engine, Item, SeparateEngine, caption_items, learn_captions, make_engine, separate_logps, train
-from mint_nb.students import OwnVision, Student, add_lora, attach_tower, has_vision, load_student, smollm2_folder
+from mint_nb.students import OwnVision, add_lora, attach_tower, has_vision, load_student, smollm2_folder
 from mint_nb.tasks import Case, Catalogue, get_task
 from mint_nb.vision import load_tower, make_tower
 
@@ -210,7 +209,7 @@ def test_tower_survives_a_round_trip(tiles, tmp_path):
 def test_pannuke_in_three_layouts_reaches_the_student(tmp_path):
     "float64 arrays, three layouts, one cohort; and from it through teacher, pairs and warm-up to a student that answers and is mapped."
     from mint_nb.cohort import cohort_cases, make_cohort
-    from mint_nb.core import open_run, read_json, read_table
+    from mint_nb.core import open_run, read_table
     from mint_nb.predict import predict_method
     from test_tiles import LAYOUTS, pannuke
     sizes, runs = {'min_cases': 3, 'train': 12, 'calibration': 4, 'validation': 4, 'test': 8}, []

@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT/'tools'))
 def test_block_mask_gives_the_loss_and_gradient_of_separate_rows(half):
     from mint_nb.bench import SeparateRows, gradient
     from mint_nb.engine import Engine
-    from mint_nb.gpucheck import Batch, batch_items, shape_student
-    s = shape_student('small', dtype=torch.bfloat16 if half else torch.float32)
+    from mint_nb.bench import Setting, bench_student
+    from mint_nb.gpucheck import Batch, batch_items
+    s = bench_student(Setting(), 'small', dtype=torch.bfloat16 if half else torch.float32)
     items, found = batch_items(Batch(3, 70, 20, 33), 300), []
     for kind in (Engine, SeparateRows):
         lp = kind(s).logps(items)
@@ -31,16 +32,17 @@ def test_block_mask_gives_the_loss_and_gradient_of_separate_rows(half):
 def test_training_learns(tmp_path):
     from mint_nb.core import TrainParams
     from mint_nb.engine import train
-    from mint_nb.gpucheck import Batch, batch_items, shape_student
-    log = train(shape_student('small'), batch_items(Batch(4, 40, 10, 12), 300), 'orpo', TrainParams(batch=4, lr=1e-2), tmp_path, 30)
+    from mint_nb.bench import Setting, bench_student
+    from mint_nb.gpucheck import Batch, batch_items
+    log = train(bench_student(Setting(), 'small'), batch_items(Batch(4, 40, 10, 12), 300), 'orpo', TrainParams(batch=4, lr=1e-2), tmp_path, 30)
     assert log[-1]['loss'] < .9*log[0]['loss'] and log[-1]['chosen_logp'] > log[-1]['rejected_logp'] + 1 and abs(log[0]['chosen_logp'] - log[0]['rejected_logp']) < .1
 
 
 @cuda
 def test_decoding_writes_what_the_cpu_writes():
     from mint_nb.decode import decode_batch
-    from mint_nb.gpucheck import shape_student
-    s = shape_student('small', dtype=torch.float32)
+    from mint_nb.bench import Setting, bench_student
+    s = bench_student(Setting(), 'small', dtype=torch.float32)
     prompts = [list(range(20, 20 + n)) for n in (5, 9, 14)]
     there = decode_batch(s, prompts, 12)
     s.model.to('cpu')

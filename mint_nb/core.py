@@ -317,8 +317,8 @@ class Params(Section):
     "Everything a run is started with."
     profile: str = 'laptop'
     task: Literal['disease', 'gene', 'tissue'] = 'disease'
-    methods: tuple[str, ...] = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'dpo', 'mint')
-    seeds: tuple[int, ...] = (0,)
+    methods: tuple[str, ...] = Field(default=('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'dpo', 'mint'), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     show_cases: bool = False        # real cohort: executed notebooks and the report may show notes, identifiers and pictures of some patients
     cohort: CohortParams = Field(default_factory=CohortParams)
     teacher: TeacherParams = Field(default_factory=TeacherParams)

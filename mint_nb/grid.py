@@ -36,8 +36,8 @@ class Grid(Section):
     "Methods x seeds x parameters, and how the jobs are run."
     profile: str = 'laptop'            # recipe of every cell
     overrides: dict[str, Any] = Field(default_factory=dict)         # dotted names; hold for every cell
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...] = (0,)
+    methods: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     vary: dict[str, list[Any]] = Field(default_factory=dict)        # dotted name to its values
     retries: int = Field(default=1, ge=0)                           # further attempts of a job that failed
     cpus: int = Field(default=1, ge=1); gpus: float = 0.            # that a job takes

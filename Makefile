@@ -48,9 +48,10 @@ lint: .make/env  ## ruff over notebooks, modules and tests; types of the modules
 	$(BIN)/ruff check -q nbs mint_nb tests tools
 	$(BIN)/mypy
 
-COVER = $(QUIETLY) $(BIN)/coverage run --source=mint_nb --parallel-mode
+COVER = $(QUIETLY) $(BIN)/coverage run
 .PHONY: coverage
 coverage: .make/env  ## which lines of the package the notebooks and tests run, into benchmarks/coverage.txt (half an hour)
+	@mkdir -p .make/coverage
 	$(BIN)/coverage erase
 	$(COVER) $(BIN)/nbdev_test --n_workers $(WORKERS)
 	$(COVER) -m pytest tests -q -n $(WORKERS) --dist loadfile

@@ -531,7 +531,7 @@ def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=Non
     "Forward and backward for one batch, row by row; of several processes each computes its share."
     model.train()
     items = inputs['items'] if self.loss.rejected else [replace(i, answers=i.answers[:1]) for i in inputs['items']]
-    total, loss, seen, n = totals(items), torch.tensor(0.), {}, self.accelerator.num_processes
+    total, loss, seen, n = totals(items), torch.zeros((), device=self.accelerator.device), {}, self.accelerator.num_processes
     mine, scale = share(items, self.accelerator.process_index, n), n if sharded(model) else 1     # shards average
     kl = self.zero_point(mine) if self.loss.kl else 0.
     for weight in (1, 0):

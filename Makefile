@@ -28,8 +28,8 @@ run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; r
 	$(BIN)/mint-nb run --profile laptop --out $(OUT)
 
 .PHONY: test
-test: .make/env  ## every notebook from the top, then the tests in tests/
-	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+test: .make/env  ## every notebook that has changed since it last ran (all of them in a fresh clone), then the tests in tests/
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py --test --workers $(WORKERS)
 	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile
 
 QUIETLY = MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -113,10 +113,11 @@ export: .make/env  ## clear outputs, clean, and write mint_nb/*.py from the note
 	$(BIN)/nbdev_export
 
 .PHONY: prepare
-prepare: .make/env  ## before a commit: export, clean, test, site
+prepare: .make/env  ## before a commit: export, clean, lint, site, test
 	$(MAKE) export
-	$(MAKE) test
+	$(MAKE) lint
 	$(MAKE) docs
+	$(MAKE) test
 
 .PHONY: hooks
 hooks: .make/env  ## git hooks: notebooks stay clean, merge cell by cell, agree with the modules and pass ruff

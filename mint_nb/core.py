@@ -123,17 +123,20 @@ def _strip_docs(tree: ast.AST) -> ast.AST:
 _parsing = threading.Lock()   # Python 3.11 mixes up the recursion depths of two threads that parse at the same time (cpython issue 106905)
 
 @functools.cache
+def _module_code(module: str) -> tuple[str, list[str]]:
+    "The syntax tree of a module as text, and the `mint_nb` modules it imports."
+    spec = importlib.util.find_spec(module)
+    with _parsing: tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
+    froms = [(n.level, n.module or '') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    return ast.dump(_strip_docs(tree)), [f'mint_nb.{m}' if level else m for level, m in froms if level or m.startswith('mint_nb.')]   # nbdev writes relative imports
+
 def code_modules(module: str) -> dict[str, str]:
     "A module and all `mint_nb` modules it imports, with their syntax trees as text."
     seen, todo = {}, [module]
     while todo:
-        name = todo.pop()
-        if name in seen: continue
-        spec = importlib.util.find_spec(name)
-        with _parsing: tree = ast.parse(Path(spec.origin).read_text()) if spec and spec.origin else ast.Module([], [])
-        froms = [(n.level, n.module or '') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-        todo += [f'mint_nb.{m}' if level else m for level, m in froms if level or m.startswith('mint_nb.')]   # nbdev writes relative imports
-        seen[name] = ast.dump(_strip_docs(tree))
+        if (name := todo.pop()) in seen: continue
+        seen[name], imports = _module_code(name)
+        todo += imports
     return seen
 
 # %% ../nbs/00_core.ipynb #0024

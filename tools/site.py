@@ -3,6 +3,7 @@
     python tools/site.py             everything
     python tools/site.py --readme    only README.md
     python tools/site.py --check     everything, and fail if README.md was not up to date
+    python tools/site.py --test      no site: nbdev_test of the notebooks that have not run as they are now, here or for the site
 
 Where Quarto is installed, `nbdev_docs` builds the same site from the same `_quarto.yml`.
 """
@@ -37,10 +38,12 @@ def uses(nb) -> list[str]:
 
 
 def key(path: Path) -> str:
-    "What the outputs of a notebook depend on: its cells, the code behind it, the small recipe, committed results."
+    "What the outputs of a notebook depend on: its cells, the code behind it, the small recipe, versions, committed results if it reads some."
     nb = nbformat.read(path, 4)
-    results = file_digest(ROOT/'benchmarks') if (ROOT/'benchmarks').is_dir() else ''
-    return digest([[(c.cell_type, c.source) for c in nb.cells], [code_digest(m) for m in uses(nb)], file_digest(ROOT/'mint_nb/profiles'), results])
+    modules = uses(nb)
+    text = [c.source for c in nb.cells] + [(ROOT/(m.replace('.', '/') + '.py')).read_text() for m in modules]
+    results = file_digest(ROOT/'benchmarks') if (ROOT/'benchmarks').is_dir() and 'benchmarks' in ''.join(text) else ''
+    return digest([[(c.cell_type, c.source) for c in nb.cells], [code_digest(m) for m in modules], file_digest(ROOT/'mint_nb/profiles'), file_digest(ROOT/'constraints.txt'), results])
 
 
 def execute(path: Path) -> tuple[str, float, str]:
@@ -64,6 +67,20 @@ def execute_all(workers: int) -> None:
             print(f'  {name:16} {"FAILED" if error else "executed" if seconds > .5 else "cached":8} {seconds:6.1f} s', flush=True)
             if error: failed.append(f'{name}: {error}')
     if failed: sys.exit('\n'.join(failed))
+
+
+def test_all(workers: int) -> None:
+    "nbdev_test of what has changed; a notebook that was executed for the site, or passed before, is not run again."
+    passed = {p: MAKE/f'tested/{p.stem}-{key(p)}' for p in sorted(NBS.glob('*.ipynb'))}
+    todo = [p for p, stamp in passed.items() if not stamp.exists() and not (MAKE/f'docs/{stamp.name}.ipynb').exists()]
+    print(f'{len(passed)} notebooks, {len(todo)} to test', flush=True)
+    if not todo: return
+    done = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--n_workers', str(workers), '--timing', '--file_re', f'^({"|".join(p.stem for p in todo)})[.]ipynb$'])
+    if done.returncode: sys.exit(done.returncode)
+    (MAKE/'tested').mkdir(parents=True, exist_ok=True)
+    for p in todo:
+        for old in (MAKE/'tested').glob(f'{p.stem}-*'): old.unlink()
+        passed[p].touch()
 
 
 def executed(stem: str):
@@ -181,9 +198,11 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument('--readme', action='store_true', help='only README.md')
     args.add_argument('--check', action='store_true', help='fail if README.md was not up to date')
+    args.add_argument('--test', action='store_true', help='only test the notebooks that have changed')
     args.add_argument('--workers', type=int, default=2, help='notebooks executed at a time')
     a = args.parse_args()
     MAKE.mkdir(exist_ok=True)
+    if a.test: return test_all(a.workers)
     with locked(MAKE/'site.lock'):
         if a.readme:
             name, seconds, error = execute(NBS/'index.ipynb')

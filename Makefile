@@ -30,7 +30,7 @@ run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; r
 .PHONY: test
 test: .make/env  ## every notebook that has changed since it last ran (all of them in a fresh clone), then the tests in tests/
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py --test --workers $(WORKERS)
-	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile
+	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 QUIETLY = MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 EXAMPLES ?= 10000
@@ -54,7 +54,7 @@ coverage: .make/env  ## which lines of the package the notebooks and tests run, 
 	@mkdir -p .make/coverage
 	$(BIN)/coverage erase
 	$(COVER) $(BIN)/nbdev_test --n_workers $(WORKERS)
-	$(COVER) -m pytest tests -q -n $(WORKERS) --dist loadfile
+	$(COVER) -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine -q
 	{ echo '# make coverage, $(shell date +%F): lines of the package that notebooks and tests run, those of subprocesses and kernels among them'; $(BIN)/coverage report; } > benchmarks/coverage.txt
 

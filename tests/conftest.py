@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE_METHODS = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint')
 
 
-LONG = ('test_pipeline', 'test_engine', 'test_chaos', 'test_browser', 'test_faults', 'test_grid', 'test_privacy', 'test_study', 'test_export')
+LONG = ('test_pipeline', 'test_engine', 'test_browser', 'test_chaos', 'test_faults', 'test_grid', 'test_privacy', 'test_study', 'test_export')
 
 
 def pytest_collection_modifyitems(items):

@@ -86,6 +86,11 @@ study: .make/env  ## the study, in pieces that resume (hours), then that of the 
 	HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --task tissue --profile study --out runs/study-tissue
 	$(BIN)/mint-nb report runs/study-tissue --csv benchmarks/tissue_study.csv
 
+TILES ?= $(if $(MINT_DATA),$(MINT_DATA)/tissue.zip)
+.PHONY: folds
+folds: .make/env  ## real tiles in five grouped folds, the whole pipeline in each (an hour); TILES=tiles.zip
+	$(if $(TILES),HF_HUB_OFFLINE=1 $(BIN)/python -c "from mint_nb.folds import run_folds; print(run_folds('$(TILES)', 'runs/tissue-folds', 'benchmarks/tissue_folds.csv'))",@echo 'needs TILES=tiles.zip, a zip or folder with labels.csv'; exit 2)
+
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)
 REASON = HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --profile reasoning
 WRITE = $(BIN)/mint-nb report runs/reasoning/$(1) --csv benchmarks/reasoning/$(1).csv

@@ -60,12 +60,15 @@ def run_folds(
     source: Path | str,                 # zip or folder of tiles with patients
     root: Path | str,                   # of the zips and run folders; go on in it by calling again
     out: Optional[Path | str] = None,   # CSV
-    folds: int = 5, profile: str = 'laptop', methods: Sequence[str] = IN_FOLDS, seed: int = 0, workers: int = 0,
+    folds: int = 5, profile: str = 'laptop', methods: Sequence[str] = IN_FOLDS, seed: int = 0, aside: int = 19, workers: int = 0,
     **overrides,                        # of the recipe, a section each, for example train={'epochs': 1}
 ) -> pd.DataFrame:                      # method, against, accuracy, lo, hi, diff, diff_lo, diff_hi, tiles, patients
     "Run the pipeline in grouped folds and compare the methods over all patients."
-    runs = [run_pipeline(Path(root)/z.stem, profile, {'task': 'tissue', 'methods': list(methods), 'seeds': [seed], **overrides, 'cohort': {'source': str(z.resolve()), **overrides.get('cohort', {})}}, workers=workers)
-            for z in fold_sources(source, root, folds, seed)]
+    runs = []
+    for z in fold_sources(source, root, folds, seed, aside):
+        n = len(label_table(tile_files(z)['labels.csv'](), z))      # nobody is left out
+        cohort = {'source': str(z.resolve()), 'train': n, 'test': n, 'calibration': aside, 'validation': aside}
+        runs.append(run_pipeline(Path(root)/z.stem, profile, {'task': 'tissue', 'methods': list(methods), 'seeds': [seed], **overrides, 'cohort': cohort | overrides.get('cohort', {})}, workers=workers))
     scored = pooled(runs, methods)
     t = pd.concat([compare_in_folds(scored, a).assign(against=a) for a in ('texture', 'sft', 'chance') if a in methods], ignore_index=True)
     t = t[t.method != t.against][['method', 'against', 'accuracy', 'lo', 'hi', 'diff', 'diff_lo', 'diff_hi', 'tiles', 'patients']]

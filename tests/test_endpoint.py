@@ -175,11 +175,11 @@ def test_a_server_that_is_not_there(tmp_path):
 
 def test_silence_is_a_timeout(proxy, tmp_path):
     class Silent(Handler):
-        def do_POST(self): self.server.seen.append(0); time.sleep(1.5)
+        def do_POST(self): self.server.seen.append(0); time.sleep(12)
     proxy.RequestHandlerClass = Silent
     start = time.monotonic()
     with pytest.raises(InputError, match='no answer after 2 attempts; the last: ReadTimeout'): talk_to(proxy, 'm', tmp_path, NOTES[:1], retries=1, timeout=.2).turn(NOTES[:1], 4)
-    assert time.monotonic() - start < 1.4 and len(proxy.seen) == 2
+    assert time.monotonic() - start < 10 and len(proxy.seen) == 2
 
 
 def seconds_until_interrupted(asking, ready):
@@ -216,7 +216,7 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(proxy, tmp_path):
         def do_POST(self): self.server.seen.append(0); time.sleep(12)
     proxy.RequestHandlerClass = Silent
     asking = EndpointClient(params(proxy, 'm', timeout=10), tmp_path)._fetch([{'messages': [], 'n': i} for i in range(4)])
-    assert seconds_until_interrupted(asking, lambda: len(proxy.seen) == 2) < 5
+    assert seconds_until_interrupted(asking, lambda: len(proxy.seen) == 2) < 10
 
 
 @needs_server

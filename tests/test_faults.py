@@ -37,7 +37,7 @@ def test_full_disk_through_the_command(tmp_path):
     out = tmp_path/'r'
     open_run(out, 'smoke', {'methods': ['chance']})
     full = cohort_command(out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
-    _, err = full.communicate(timeout=240)
+    _, err = full.communicate(timeout=900)
     assert full.returncode in (1, 2) and 'Traceback' not in err and 'File too large' in err, err
     assert not stage_done(Run(out, open_params(out)), 'cohort') and not list(out.rglob('*.tmp'))
     entry = make_cohort(Run(out, open_params(out)))
@@ -94,7 +94,7 @@ def test_read_only_folder(tmp_path):
 def test_two_commands_in_one_folder(tmp_path):
     "Both end well; the work is done once, and nothing is mixed."
     both = [cohort_command(tmp_path/'r') for _ in range(2)]
-    ends = [p.communicate(timeout=400) for p in both]
+    ends = [p.communicate(timeout=900) for p in both]
     assert [p.returncode for p in both] == [0, 0], ends
     run = Run(tmp_path/'r', open_params(tmp_path/'r'))
     assert [e['status'] for e in run.manifest if e['stage'] == 'cohort'] == ['done'] and stage_done(run, 'cohort')
@@ -112,7 +112,7 @@ def test_a_stage_runs_once_for_four_that_want_it(tmp_path):
     """)
     open_run(tmp_path/'r', 'smoke')
     processes = [subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE, text=True, env=os.environ | SEARCH) for _ in range(4)]
-    keys = {p.communicate(timeout=120)[0].strip() for p in processes}
+    keys = {p.communicate(timeout=900)[0].strip() for p in processes}
     assert len(keys) == 1 and (tmp_path/'calls').read_text() == 'x'
 
 

@@ -32,7 +32,7 @@ def real_run(hospital, tmp_path_factory):
     out = tmp_path_factory.mktemp('real')/'r'
     command = [str(BIN/'mint-nb'), 'run', '--profile', 'smoke', '--cases', str(hospital), '--methods', 'chance,naive_bayes', '--out', str(out), '--set', 'cohort.min_groups=2', '--set', 'cohort.min_cases=3']
     env = {k: v for k, v in os.environ.items() if k != 'MINT_QUIET'} | {'OPENAI_API_KEY': KEY}      # with bars and all
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(out, open_params(out)), done.stdout + done.stderr
 

@@ -50,7 +50,7 @@ lint: .make/env  ## ruff over notebooks, modules and tests; types of the modules
 
 COVER = $(QUIETLY) $(BIN)/coverage run
 .PHONY: coverage
-coverage: .make/env  ## which lines of the package the notebooks and tests run, into benchmarks/coverage.txt (half an hour)
+coverage: .make/env  ## which lines of the package the notebooks and tests run, into benchmarks/coverage.txt (40 minutes)
 	@mkdir -p .make/coverage
 	$(BIN)/coverage erase
 	$(COVER) $(BIN)/nbdev_test --n_workers $(WORKERS)
@@ -88,7 +88,7 @@ study: .make/env  ## the study, in pieces that resume (hours), then that of the 
 
 TILES ?= $(if $(MINT_DATA),$(MINT_DATA)/tissue.zip)
 .PHONY: folds
-folds: .make/env  ## real tiles in five grouped folds, the whole pipeline in each (an hour); TILES=tiles.zip
+folds: .make/env  ## real tiles in five grouped folds, a whole run in each; TILES=tiles.zip
 	$(if $(TILES),HF_HUB_OFFLINE=1 $(BIN)/python -c "from mint_nb.folds import run_folds; print(run_folds('$(TILES)', 'runs/tissue-folds', 'benchmarks/tissue_folds.csv'))",@echo 'needs TILES=tiles.zip, a zip or folder with labels.csv'; exit 2)
 
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)

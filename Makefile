@@ -89,7 +89,7 @@ study: .make/env  ## the study, in pieces that resume (hours), then that of the 
 TILES ?= $(if $(MINT_DATA),$(MINT_DATA)/tissue.zip)
 .PHONY: folds
 folds: .make/env  ## real tiles in five grouped folds, a whole run in each; TILES=tiles.zip
-	$(if $(TILES),HF_HUB_OFFLINE=1 $(BIN)/python -c "from mint_nb.folds import run_folds; print(run_folds('$(TILES)', 'runs/tissue-folds', 'benchmarks/tissue_folds.csv'))",@echo 'needs TILES=tiles.zip, a zip or folder with labels.csv'; exit 2)
+	$(if $(TILES),HF_HUB_OFFLINE=1 $(BIN)/mint-nb folds --cases $(TILES) --csv benchmarks/tissue_folds.csv,@echo 'needs TILES=tiles.zip, a zip or folder with labels.csv'; exit 2)
 
 NOTES ?= $(if $(MINT_DATA),$(MINT_DATA)/notes.jsonl.gz)
 REASON = HF_HUB_OFFLINE=1 $(BIN)/mint-nb run --profile reasoning

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTSIDE', 'GRID', 'REAL_GRID', 'VARIED', 'unseen_cases', 'restyled', 'parts_of_run', 'ranker_of', 'fresh_student',
            'treat', 'confide', 'Answers', 'read_answers', 'chain', 'stored_name', 'cell', 'measured', 'over_seeds',
-           'grid_values', 'as_rows', 'grid_differences', 'list_rows', 'bin_rows', 'write_tables', 'Watch', 'trace',
+           'grid_values', 'as_rows', 'grid_differences', 'list_values', 'bin_rows', 'write_tables', 'Watch', 'trace',
            'varied', 'watched', 'spread', 'problem_rows', 'run_jobs', 'calibrate_run', 'divided', 'calibrate_questions']
 
 # %% ../nbs/62_confidence.ipynb #0003
@@ -22,7 +22,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from .align import SCHEDULES, align, items_of, updates
 from .calibrate import CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
-from .calibration import MEASURES, calibration_error, calibration_table, conformal_lists, fit_conformal, list_table, normalised, perfect_band, reliability, resamples, top, with_interval
+from .calibration import MEASURES, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised, perfect_band, reliability, resamples, top, with_interval
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
 from .core import InputError, Params, Run, atomic_path, open_params, progress, read_table, run_stage, write_json, write_table
@@ -178,7 +178,7 @@ def over_seeds(values: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:   # e
 # %% ../nbs/62_confidence.ipynb #0031
 def grid_values(
     run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int],
-    form: str = 'names', parts: Sequence[str] = ('test', 'style', 'unseen'),
+    form: str = 'names', parts: Sequence[str] = ('validation', 'test', 'style', 'unseen'),
 ) -> dict[tuple, np.ndarray]:      # (method, treatment, part, seed, metric) to (1 + bootstrap,)
     "Everything that is measured, with its resamples."
     out, weights, b = {}, {}, run.params.analysis.bootstrap
@@ -214,20 +214,21 @@ def grid_differences(
             rows.append((m, t, ' + '.join(a), metric, *with_interval(d, metric)))
     return pd.DataFrame(rows, columns=['method', 'treatment', 'against', 'metric', 'diff', 'lo', 'hi'])
 
-# %% ../nbs/62_confidence.ipynb #0038
-def list_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, kind, seed, metric, value, lo, hi, n, groups
-    "Coverage and length of conformal lists on test cases; thresholds from calibration cases."
-    level, out = run.params.calibrate.level, []
+# %% ../nbs/62_confidence.ipynb #0039
+def list_values(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> dict[tuple, np.ndarray]:   # keys as in `grid_values`
+    "Coverage and length of conformal lists, with their resamples."
+    out, w = {}, None
     for m, t, s in ((m, t, s) for m, ts in grid.items() for t in ts for s in seeds):
-        a = {part: x for part, x in cell(run, m, t, s).items() if part in ('calibration', 'test')}
-        p = {k: normalised(x.logp) for k, x in a.items()}
+        held, test = (cell(run, m, t, s)[part] for part in ('calibration', 'test'))
+        w = resamples(test.groups, run.params.analysis.bootstrap) if w is None else w
         for kind, price in (('APS', 0.), ('RAPS', .02)):
-            rule = fit_conformal(p['calibration'], a['calibration'].truth, level, price, seed=s)
-            found = list_table(conformal_lists(p['test'], rule, s + 1), a['test'].truth, a['test'].groups, run.params.analysis.bootstrap)
-            out.append(found.assign(method=m, treatment=t, kind=kind, seed=s))
-    return pd.concat(out, ignore_index=True)
+            rule = fit_conformal(normalised(held.logp), held.truth, run.params.calibrate.level, price, seed=s)
+            lists = conformal_lists(normalised(test.logp), rule, s + 1)
+            out[m, t, 'test', s, f'coverage of lists, {kind}'] = mean_of(np.array([float(y in l) for l, y in zip(lists, test.truth)]), w)
+            out[m, t, 'test', s, f'answers a list, {kind}'] = mean_of(np.array([float(len(l)) for l in lists]), w)
+    return out
 
-# %% ../nbs/62_confidence.ipynb #0042
+# %% ../nbs/62_confidence.ipynb #0043
 def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, bin, n, confidence, accuracy, band_lo, band_hi
     "Reliability of each cell over all seeds, and the ECE that honest confidences would show."
     out = []
@@ -237,23 +238,21 @@ def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> 
         out.append(reliability(*(np.concatenate(x) for x in zip(*found))).assign(method=m, treatment=t, band_lo=lo, band_hi=hi))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/62_confidence.ipynb #0043
+# %% ../nbs/62_confidence.ipynb #0044
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
     cohort = 'phenopackets' if run.params.cohort.source else 'simulated'
     names, letters = (grid_values(run, grid, seeds, form) for form in ('names', 'letters'))
     sizes = {part: (len(a.truth), len(set(a.groups))) for part, a in cell(run, next(iter(grid)), 'none', seeds[0]).items()}
-    t = pd.concat([as_rows(v, seeds).assign(form=form) for form, v in (('names', names), ('letters', letters))], ignore_index=True)
+    t = pd.concat([as_rows(v, seeds).assign(form=form) for form, v in (('names', names | list_values(run, grid, seeds)), ('letters', letters))], ignore_index=True)
     t = t.assign(cohort=cohort, n=t.part.map(lambda p: sizes[p][0]), groups=t.part.map(lambda p: sizes[p][1]))
-    lists = list_rows(run, grid, seeds).assign(cohort=cohort, form='names', part='test')
-    t = pd.concat([t, lists.assign(metric=lists.metric + ', ' + lists.kind).drop(columns='kind')], ignore_index=True)
     t = t[['cohort', 'method', 'treatment', 'seed', 'form', 'part', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
     write_table(run/'analysis/calibration.parquet', t)
     write_table(run/'analysis/calibration_differences.parquet', grid_differences(names, seeds).assign(cohort=cohort, n=sizes['test'][0], groups=sizes['test'][1], seeds=len(seeds)))
     write_table(run/'analysis/calibration_bins.parquet', bin_rows(run, grid, seeds).assign(cohort=cohort))
     return t
 
-# %% ../nbs/62_confidence.ipynb #0046
+# %% ../nbs/62_confidence.ipynb #0047
 class Watch(TrainerCallback):
     "Confidence and accuracy on some questions, every few updates."
     def __init__(self, engine: Engine, choices: Sequence[Choice], every: int):
@@ -269,7 +268,7 @@ class Watch(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps: self.look(self.before + state.global_step)
     def on_train_end(self, args, state, control, **kw): self.before += state.global_step
 
-# %% ../nbs/62_confidence.ipynb #0047
+# %% ../nbs/62_confidence.ipynb #0048
 def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the manifest entry
     "Stage: train a method as `align` does and watch its confidence on validation cases."
     p, out, variant = run.params, f'calibrate/trace-{method}-{seed}.parquet', variant_of(method)
@@ -291,7 +290,7 @@ def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the
     return run_stage(run, f'calibrate/trace-{method}-{seed}', body, 'mint_nb.confidence', ['student', 'train', 'calibrate'],
                      ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet'], [out], [method, seed, looks])
 
-# %% ../nbs/62_confidence.ipynb #0051
+# %% ../nbs/62_confidence.ipynb #0052
 VARIED = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.}}
 
 def varied(path: Path | str, name: str, seed: int) -> str:
@@ -303,13 +302,13 @@ def watched(path: Path | str, method: str, seed: int) -> str:
     "`trace` as a job of a worker process."
     return trace(Run(Path(path), open_params(path)), method, seed)['stage']
 
-# %% ../nbs/62_confidence.ipynb #0053
+# %% ../nbs/62_confidence.ipynb #0054
 def spread(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     "How confidences are distributed, and what they are worth."
     low, mid, high = np.quantile(confidence, [.1, .5, .9])
     return dict(accuracy=float(np.mean(correct)), confidence=float(np.mean(confidence)), low=low, median=mid, high=high, ece=calibration_error(confidence, correct)[0], n=len(confidence))
 
-# %% ../nbs/62_confidence.ipynb #0054
+# %% ../nbs/62_confidence.ipynb #0055
 def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'mint')) -> pd.DataFrame:   # kind, method, what, accuracy, confidence, low, median, high, ece, n
     "Confidence over training steps (validation cases) and over beta and epochs (test cases)."
     traces = {m: read_table(run/f'calibrate/trace-{m}-{seed}.parquet') for m in methods}
@@ -320,7 +319,7 @@ def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'm
         rows.append(dict(kind='parameter', method='mint', what=name) | spread(*top(normalised(a.logp), a.truth)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/62_confidence.ipynb #0058
+# %% ../nbs/62_confidence.ipynb #0059
 def run_jobs(
     jobs: Sequence[tuple],   # function and arguments
     workers: int,            # processes, with a thread each; 0: one after the other, here
@@ -336,7 +335,7 @@ def run_jobs(
             for f in progress(as_completed(waiting), desc, total=len(waiting)): f.result()
         except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
 
-# %% ../nbs/62_confidence.ipynb #0060
+# %% ../nbs/62_confidence.ipynb #0061
 def calibrate_run(
     run: Run,
     grid: Optional[dict[str, Sequence[str]]] = None,   # method to treatments
@@ -356,14 +355,14 @@ def calibrate_run(
         if problem and not i: write_table(run/'analysis/calibration_problem.parquet', problem_rows(run, seed))
     return table
 
-# %% ../nbs/62_confidence.ipynb #0063
+# %% ../nbs/62_confidence.ipynb #0064
 def divided(n: int, seed: int) -> tuple[list[int], list[int], list[int]]:   # of calibration, test and training
     "A quarter for calibration, a quarter for the test, the rest for training."
     order, part = np.random.default_rng(seed).permutation(n).tolist(), n//4
     if part < 2: raise InputError(f'{n} questions are too few; 8 are the least', field='questions')
     return order[:part], order[part:2*part], order[2*part:]
 
-# %% ../nbs/62_confidence.ipynb #0064
+# %% ../nbs/62_confidence.ipynb #0065
 def calibrate_questions(
     source: Path | str,            # see `read_questions`
     student: str,                  # a preference-tuned model: folder, hub id, 'smollm2' or 'tiny'

@@ -72,7 +72,7 @@ def run_folds(
     scored = fold_scores(runs, methods)
     t = pd.concat([compare_in_folds(scored, a).assign(against=a) for a in ('texture', 'sft', 'chance') if a in methods], ignore_index=True)
     t = t[t.method != t.against][['method', 'against', 'accuracy', 'lo', 'hi', 'diff', 'diff_lo', 'diff_hi', 'tiles', 'patients']]
-    head = f'# python -c "from mint_nb.folds import run_folds; run_folds(\'{Path(source).name}\', \'{Path(root).name}\', \'{Path(out or "").name}\', folds={folds}, profile=\'{profile}\', seed={seed})"\n' \
+    head = f'# mint-nb folds --cases {Path(source).name} --folds {folds} --profile {Path(profile).name} --seed {seed}\n' \
            f'# top-1 over all folds, 95 % intervals by patient; on {device_name()}; {", ".join(f"{k} {v}" for k, v in versions().items())}\n'
     if out:
         with atomic_path(out) as tmp: tmp.write_text(head + t.round(4).to_csv(index=False))

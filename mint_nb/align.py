@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import numpy as np, pandas as pd, torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from .core import InputError, Params, Run, atomic_path, read_json, run_stage, write_json, write_table
+from .core import InputError, Params, Run, atomic_path, read_json, run_stage, stage_key, write_json, write_table
 from .tasks import get_task
 from .vision import learn_words, make_tower
 from .cohort import cohort_captions, cohort_cases, make_cohort, shows_cases
@@ -36,7 +36,7 @@ class Phase(NamedTuple):
 SCHEDULES = {'sft': (Phase('sft', 1.),), 'mint': (Phase('orpo', 1.),), 'dpo': (Phase('sft', .5), Phase('dpo', .5)),
              'ipo': (Phase('sft', .5), Phase('ipo', .5)), 'kto': (Phase('sft', .5), Phase('kto', .5)), 'simpo': (Phase('simpo', 1.),),
              'dpo_full': (Phase('sft', 1.), Phase('dpo', 1.)), 'mint_list': (Phase('orpo_list', 1.),),
-             'mint_note': (Phase('orpo', 1.),), 'mint_shuffled': (Phase('orpo', 1.),), 'mint_drop': (Phase('orpo', 1.),), 'sft_gold': (Phase('sft', 1.),)}
+             'mint_note': (Phase('orpo', 1.),), 'mint_shuffled': (Phase('orpo', 1.),), 'mint_drop': (Phase('orpo', 1.),), 'sft_gold': (Phase('sft', 1.),), 'sft_gold_short': (Phase('sft', 1.),)}
 
 def updates(
     n_cases: int, params: Params,   # training cases
@@ -120,8 +120,8 @@ def keep(model: Any, folder: Path) -> None:
     "Write an adapter: every process calls this, the first one writes."
     with atomic_path(folder) if first_process() else contextlib.nullcontext(folder) as tmp: save_adapter(model, tmp, first_process())
 
-def train_method(run: Run, method: str, seed: int = 0) -> None:
-    "Train a method in this process, alone or as one of several; the first one writes adapter and log."
+def train_method(run: Run, method: str, seed: int, work: Path | str) -> None:
+    "Train a method in this process, alone or as one of several; the first one writes adapter and log. Phases and checkpoints lie in `work`."
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     p, variant, out = run.params, variant_of(method), run/f'align/{method}-{seed}'
     student, rows, cases = student_of(run, seed), preference_rows(run, seed, variant), cohort_cases(run)
@@ -129,8 +129,8 @@ def train_method(run: Run, method: str, seed: int = 0) -> None:
     found = refuse(problems); lines += map(str, found if shows_cases(run) else without_cases(found))
     chosen = choose_engine(student, p.train, TensorStore(None if p.train.accelerate else run/'align/depth'))   # processes that share a model must not differ in what they remember
     if first_process(): print(*lines, f'engine: {chosen.name}, {chosen.why}', sep='\n')
-    items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt, run/'cases'), updates(sum(c.split == 'train' for c in cases), p)
-    logs = [(ph.loss, run_phase(student, chosen.engine, items, ph, max(1, round(ph.share*n)), p, out/f'work/{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
+    items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt, run/'cases'), updates(len(rows) if method == 'sft_gold_short' else sum(c.split == 'train' for c in cases), p)
+    logs = [(ph.loss, run_phase(student, chosen.engine, items, ph, max(1, round(ph.share*n)), p, Path(work)/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
     if first_process(): write_table(out/'log.parquet', long_log(logs)); write_json(out/'engine.json', {'engine': chosen.name, 'why': chosen.why})
     keep(student.model, out/'adapter')
 
@@ -139,7 +139,7 @@ _TOGETHER = """import sys
 from pathlib import Path
 from mint_nb.align import train_method
 from mint_nb.core import Run, open_params
-train_method(Run(Path(sys.argv[1]), open_params(sys.argv[1])), sys.argv[2], int(sys.argv[3]))
+train_method(Run(Path(sys.argv[1]), open_params(sys.argv[1])), sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
 
 def align(
@@ -153,9 +153,10 @@ def align(
     variant, out = variant_of(method), f'align/{method}-{seed}'
     preferences(run, seed, variant)
     if tower := needs_warm_up(run, seed): warm_up(run, seed)
+    sections, reads = ['student', 'train', *(['vision'] if vision_for(run, seed) else [])], ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet', *tower]
     def body():
-        if run.params.train.processes == 1: train_method(run, method, seed)
-        else: print(run_together(run.params.train, _TOGETHER, run/out/'work', str(run.path.resolve()), method, str(seed)))
+        work = run/out/'work'/stage_key(run, 'mint_nb.align', sections, reads, [method, seed])      # what an earlier attempt left counts if nothing has changed since
+        if run.params.train.processes == 1: train_method(run, method, seed, work)
+        else: print(run_together(run.params.train, _TOGETHER, work, str(run.path.resolve()), method, str(seed), str(work)))
         shutil.rmtree(run/out/'work')
-    return run_stage(run, f'align/{method}-{seed}', body, 'mint_nb.align', ['student', 'train', *(['vision'] if vision_for(run, seed) else [])],
-                     ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet', *tower], [f'{out}/adapter', f'{out}/log.parquet', f'{out}/engine.json'], extra=[method, seed])
+    return run_stage(run, f'align/{method}-{seed}', body, 'mint_nb.align', sections, reads, [f'{out}/adapter', f'{out}/log.parquet', f'{out}/engine.json'], extra=[method, seed])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'TREATMENTS', 'Choice', 'name_choices', 'letter_choice', 'case_choices', 'read_questions', 'choice_logps',
-           'choice_table', 'choice_rankings', 'tempered', 'fit_temperature', 'bin_accuracy', 'calibration_targets',
-           'calibration_loss', 'smoothed_nll', 'published_calibration_loss', 'Treatment', 'CalibrationTrainer',
-           'treat_student']
+           'choice_table', 'choice_rankings', 'tempered', 'fit_temperature', 'bin_accuracy', 'other_targets',
+           'calibration_targets', 'calibration_loss', 'smoothed_nll', 'published_calibration_loss', 'Treatment',
+           'CalibrationTrainer', 'treat_student']
 
 # %% ../nbs/42_calibrate.ipynb #0003
 import json
@@ -183,19 +183,31 @@ def bin_accuracy(
     n, hits = np.bincount(code, minlength=bins), np.bincount(code, np.asarray(correct, float), bins)
     return (hits + np.mean(correct))/(n + 1)
 
-# %% ../nbs/42_calibrate.ipynb #0031
+# %% ../nbs/42_calibrate.ipynb #0032
+def _bins_of(p: Tensor, accuracy: np.ndarray) -> tuple[Tensor, Tensor]:   # (n,) each
+    "The bin of every case, and its accuracy."
+    code = torch.as_tensor(bin_of(p.detach().max(1).values.cpu().numpy(), len(accuracy)), device=p.device)
+    return code, torch.as_tensor(accuracy, dtype=p.dtype, device=p.device)[code]
+
+def other_targets(
+    p: Tensor,     # (n, N)
+    acc: Tensor,   # (n,) for the first answer
+) -> Tensor:       # (n, N) rows add to 1 - acc; 0 for the first answer
+    "What the answers behind the first should get (arXiv 2505.01997, the code's form)."
+    second, rest = p.topk(2, 1).values[:, 1], torch.ones_like(p).scatter(1, p.argmax(1, keepdim=True), 0.)
+    share = (torch.tanh(np.log(3)/(second*(1 - acc)).clamp(min=1e-9)[:, None]*p) + 1)*rest
+    return (1 - acc)[:, None]*share/share.sum(1, keepdim=True)
+
 def calibration_targets(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,) from `bin_accuracy`
 ) -> Tensor:                 # (n, N) rows add to 1; without gradient
     "The distribution that each case should have."
-    logp = logp.detach()
-    p, best = logp.exp(), logp.argmax(1, keepdim=True)
-    acc = torch.as_tensor(accuracy, dtype=logp.dtype, device=logp.device)[torch.as_tensor(bin_of(p.max(1).values.cpu().numpy(), len(accuracy)), device=logp.device)][:, None]
-    others = logp.scatter(1, best, -torch.inf).softmax(1)
-    return ((1 - acc)*others).scatter(1, best, acc)
+    p = logp.detach().exp()
+    acc = _bins_of(p, accuracy)[1]
+    return other_targets(p, acc).scatter(1, p.argmax(1, keepdim=True), acc[:, None])
 
-# %% ../nbs/42_calibrate.ipynb #0033
+# %% ../nbs/42_calibrate.ipynb #0034
 def calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -206,7 +218,7 @@ def calibration_loss(
     if distance == 'kl': return F.kl_div(logp, target, reduction='batchmean')
     return ((logp.exp() - target)**2).sum(1).mean()
 
-# %% ../nbs/42_calibrate.ipynb #0034
+# %% ../nbs/42_calibrate.ipynb #0035
 def smoothed_nll(
     logp: Tensor,            # (n, N)
     truth: Sequence[int] | Tensor,
@@ -215,7 +227,7 @@ def smoothed_nll(
     "Label smoothing over the options (Szegedy et al., arXiv 1512.00567)."
     return F.nll_loss(logp, torch.as_tensor(truth, device=logp.device))*(1 - smoothing) - smoothing*logp.mean(1).mean()
 
-# %% ../nbs/42_calibrate.ipynb #0037
+# %% ../nbs/42_calibrate.ipynb #0038
 def published_calibration_loss(
     logp: Tensor,            # (n, N)
     accuracy: np.ndarray,    # (bins,)
@@ -223,16 +235,12 @@ def published_calibration_loss(
 ) -> Tensor:                 # a number
     "The calibration loss in the form of the published code (RestoreLLMCalibration)."
     p = logp.exp()
-    best, second = p.topk(2, 1).values.T
-    code = torch.as_tensor(bin_of(p.detach().max(1).values.cpu().numpy(), len(accuracy)), device=p.device)
-    acc = torch.as_tensor(accuracy, dtype=p.dtype, device=p.device)[code]
-    rest = torch.zeros_like(p, dtype=torch.bool).scatter(1, p.argmax(1, keepdim=True), True).logical_not()
-    bend = torch.tanh(np.log(3)/(second*(1 - acc).clamp(min=1e-6))[:, None]*p)*rest
-    c = (1 - acc)/(bend.sum(1) + p.shape[1] - 1)
-    each = (best - acc)**2 + (((p - c[:, None]*(bend + 1))*rest)**2).sum(1)
+    code, acc = _bins_of(p, accuracy)
+    target = other_targets(p, acc).scatter(1, p.argmax(1, keepdim=True), acc[:, None])
+    each = ((p - target)**2).sum(1)
     return sum((each[code == k].mean() for k in range(bins) if (code == k).any()), torch.zeros((), dtype=p.dtype, device=p.device))
 
-# %% ../nbs/42_calibrate.ipynb #0046
+# %% ../nbs/42_calibrate.ipynb #0047
 class Treatment(NamedTuple):
     "A training run that changes confidence."
     loss: str = 'sft'              # a key of `LOSSES`
@@ -243,7 +251,7 @@ class Treatment(NamedTuple):
 TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
               'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em')}
 
-# %% ../nbs/42_calibrate.ipynb #0047
+# %% ../nbs/42_calibrate.ipynb #0048
 class CalibrationTrainer(PreferenceTrainer):
     "A trainer of the engine with a term over the options of each case."
     def __init__(self,
@@ -267,7 +275,7 @@ class CalibrationTrainer(PreferenceTrainer):
         self.accuracy = bin_accuracy(confidence, correct, self.options.bins)
         self.history.append({'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())})
 
-# %% ../nbs/42_calibrate.ipynb #0048
+# %% ../nbs/42_calibrate.ipynb #0049
 @patch
 def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     "What a treatment adds for one case."
@@ -276,7 +284,7 @@ def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     if how == 'published': return (1 - self.treatment.keep)*1e-3*published_calibration_loss(logp, self.accuracy)
     return p.weight*calibration_loss(logp, self.accuracy, p.distance)
 
-# %% ../nbs/42_calibrate.ipynb #0049
+# %% ../nbs/42_calibrate.ipynb #0050
 @patch
 def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) -> tuple[Tensor, dict]:
     "A row's share of the batch's loss, with the term over options."
@@ -285,7 +293,7 @@ def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) ->
     more = torch.stack([self.term(self.choices[i.case_id]) for i in row]).sum()/total.items
     return self.treatment.keep*loss + more, seen | {'over_options': more.detach()}
 
-# %% ../nbs/42_calibrate.ipynb #0050
+# %% ../nbs/42_calibrate.ipynb #0051
 @patch
 def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "An update, after an E-step where one is due."
@@ -293,7 +301,7 @@ def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=No
     if how == 'em' and step % self.every == 0 or how == 'published' and self.accuracy is None: self.e_step()
     return PreferenceTrainer.training_step(self, model, inputs, num_items_in_batch)
 
-# %% ../nbs/42_calibrate.ipynb #0051
+# %% ../nbs/42_calibrate.ipynb #0052
 def treat_student(
     student: Student,             # with an adapter, which is trained on
     treatment: str,               # one of `TREATMENTS`
@@ -310,7 +318,7 @@ def treat_student(
     epochs, lr = (train.epochs, train.lr) if how.loss == 'orpo' else (params.epochs, params.lr)
     steps = max(1, round(epochs*n/train.batch))
     settings = trainer_settings(train, folder, steps, lr, seed) | {'save_strategy': 'no'}
-    trainer = CalibrationTrainer(student, engine or Engine(student), how, train, params, choices, held, max(1, -(-steps//params.steps)),
+    trainer = CalibrationTrainer(student, engine or Engine(student), how, train, params, choices, held, params.every,
                                  args=TrainingArguments(**settings), train_dataset=list(items or [c.item() for c in choices]))
     for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
     for callback in (Bar(treatment), *([watch] if watch else [])): trainer.add_callback(callback)

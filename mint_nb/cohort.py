@@ -98,9 +98,11 @@ def tiles_of(run: Run, images: Path) -> tuple[list[Case], Catalogue, dict, dict]
     "Tiles; catalogue; facts for the card; captions."
     p, label = run.params.cohort, get_task(run.params.task).label
     if p.embeddings: raise InputError('embeddings replace portraits, and tiles have none', field='cohort.embeddings')
+    if p.label_share < 1: raise InputError('captions of simulated tiles nearly give a hidden tissue away, so tiles keep their labels', field='cohort.label_share')
     made = (real_tiles if p.source else simulated_tiles)(p, label)
     check_splits(made.cases); list_sizes(len(made.catalogue), run.params.pairs.k, run.params.pairs.q)
     cases, captions, lost = save_tiles(made, images)
+    if not cases: raise InputError(f'holds no usable tile; the first problem: {lost[0]}' if lost else 'leaves no tile in any split', file=p.source, field='cohort')
     more = {'lost': made.facts['lost'] + len(lost), 'problems': (made.facts['problems'] + [str(e) for e in lost])[:50]} if p.source else {}
     return cases, made.catalogue, made.facts | more | {'hpo': None}, captions
 
@@ -111,10 +113,11 @@ def write_cohort(run: Run) -> None:
     with atomic_path(run/'cases/images') as images:
         images.mkdir(exist_ok=True)
         cases, catalogue, facts, captions = (tiles_of if task.view == 'image' else patients_of)(run, images)
+    if empty := [s for s in ('train', 'test') if not any(c.split == s for c in cases)]: raise InputError(f'no case is in {" and in ".join(empty)}', file=p.source, field='split')
     wanted = {s: getattr(p, s) for s in ('train', 'calibration', 'validation', 'test')}
     card = facts | {'task': run.params.task, 'seed': p.seed} | cohort_card(cases, catalogue, task.label, wanted)
     if not facts.get('patients', True): card['warnings'].append(NO_PATIENTS)
-    cases, hidden = hide_labels(cases, p.label_share, p.seed)
+    cases, hidden = hide_labels(cases, p.label_share, p.seed, task.label)
     write_json(run/'cases/hidden_labels.json', hidden)
     write_cases(run/'cases/cases.parquet', cases); write_json(run/'cases/catalogue.json', catalogue.to_json())
     write_json(run/'cases/card.json', card | {'label_share': p.label_share, 'labels_hidden': len(hidden)})

@@ -289,7 +289,7 @@ def fit(self: DualTeacher, cases: Sequence[Case], desc: str = 'teacher') -> Dual
         self.clip.train(); learn_pairs(self.clip, self.tok, tiles, texts, self.params.epochs, self.params.lr/2, self.params, self.seed, self.norm, f'{desc}: captions'); self.clip.eval()
     truth = np.array([self.catalogue.index[c.labels[self.label]] for c in known])
     w, b = linear_probe(self.embed(known), truth, len(self.catalogue), self.params.probe_c, self.seed)
-    self.head = {'probe_w': w, 'probe_b': b}
+    self.head = {'probe_w': w, 'probe_b': b, 'seen': np.bincount(truth, minlength=len(self.catalogue)).astype(float)}
     self.tune(known, truth, f'{desc}: fine-tuning')
     return self
 
@@ -303,7 +303,11 @@ def scores(self: DualTeacher, cases: Sequence[Case], view: Optional[DualView] = 
     if view == 'zero_shot': return self.zero_shot(cases)
     seen = self if view == 'probe' else copy.copy(self)
     if view == 'tuned': seen.clip = self.tuned
-    return log_softmax(seen.embed(cases) @ self.head[f'{view}_w'] + self.head[f'{view}_b'], axis=1)
+    s, unseen = log_softmax(seen.embed(cases) @ self.head[f'{view}_w'] + self.head[f'{view}_b'], axis=1), self.head['seen'] == 0
+    if not unseen.any(): return s
+    told = np.minimum(self.zero_shot(cases)[:, unseen], np.log(.999/unseen.sum()))          # leaves something for the others
+    s += np.log1p(-np.exp(told).sum(1, keepdims=True)); s[:, unseen] = told
+    return s
 
 # %% ../nbs/13_dual.ipynb #0051
 @patch

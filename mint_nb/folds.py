@@ -70,7 +70,7 @@ def run_folds(
         cohort = {'source': str(z.resolve()), 'train': n, 'test': n, 'calibration': aside, 'validation': aside}
         runs.append(run_pipeline(Path(root)/z.stem, profile, {'task': 'tissue', 'methods': list(methods), 'seeds': [seed], **overrides, 'cohort': cohort | overrides.get('cohort', {})}, workers=workers))
     scored = fold_scores(runs, methods)
-    t = pd.concat([compare_in_folds(scored, a).assign(against=a) for a in ('texture', 'sft', 'chance') if a in methods], ignore_index=True)
+    t = pd.concat([compare_in_folds(scored, a).assign(against=a) for a in ('texture', 'sft', 'mint_wrong_image', 'chance') if a in methods], ignore_index=True)
     t = t[t.method != t.against][['method', 'against', 'accuracy', 'lo', 'hi', 'diff', 'diff_lo', 'diff_hi', 'tiles', 'patients']]
     head = f'# mint-nb folds --cases {Path(source).name} --folds {folds} --profile {Path(profile).name} --seed {seed}\n' \
            f'# top-1 over all folds, 95 % intervals by patient; on {device_name()}; {", ".join(f"{k} {v}" for k, v in versions().items())}\n'

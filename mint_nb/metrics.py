@@ -168,20 +168,22 @@ def grouped_bootstrap(
     groups: Sequence[str],     # group of each case
     bootstrap: int = 2000,     # resamples
     seed: int = 0,
+    answers: Optional[Sequence[str]] = None,   # true answer of each case: the mean over answers of their means (balanced accuracy)
 ) -> tuple[float, float, float]:   # mean, lower and upper end of the 95 % interval (nan with one group)
     "Mean of per-case values with an interval by resampling groups, and seeds if there are several."
     values = np.atleast_2d(np.asarray(values, float))
-    names, code = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    mean = float(values.mean())
+    (names, code), (kinds, kind) = (np.unique(np.asarray(x, dtype=str), return_inverse=True) for x in (groups, ['']*values.shape[1] if answers is None else answers))
+    table = lambda v: np.bincount(code*len(kinds) + kind, v, len(names)*len(kinds)).reshape(len(names), -1)     # (groups, answers)
+    sums, n = [table(v) for v in values], table(np.ones(values.shape[1]))
+    mean = float(values.mean()) if answers is None else float(np.mean([s.sum(0)/n.sum(0) for s in sums]))
     if len(names) < 2: return mean, np.nan, np.nan
-    sums = np.stack([np.bincount(code, v, len(names)) for v in values])      # (seeds, groups)
     w = draw_counts(len(names), bootstrap, seed)
-    means = w @ sums.T/(w @ np.bincount(code))[:, None]                      # (bootstrap, seeds)
+    with np.errstate(invalid='ignore'): means = np.stack([np.nanmean(w @ s/(w @ n), 1) for s in sums], 1)      # (bootstrap, seeds); a resample may lack an answer
     v = draw_counts(len(values), bootstrap, seed + 1)/len(values)
     lo, hi = np.percentile((means*v).sum(1), [2.5, 97.5])
     return mean, float(lo), float(hi)
 
-# %% ../nbs/03_metrics.ipynb #0047
+# %% ../nbs/03_metrics.ipynb #0049
 def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
     "Values of one metric, seeds by cases; cases that a seed lacks are an error."
     t = per_case[(per_case.metric == metric) & per_case.value.notna()]
@@ -192,7 +194,13 @@ def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
     if block.isna().any().any(): raise InputError('a seed lacks this case', record=block.columns[block.isna().any()][0], field=metric)
     return block
 
-# %% ../nbs/03_metrics.ipynb #0048
+def _answers(per_case: pd.DataFrame, metric: str, ids: Sequence[str]) -> Optional[np.ndarray]:
+    "True answers of some cases, for a metric whose rows name them in a column `answer`; else None."
+    if 'answer' not in per_case: return None
+    named = per_case[per_case.metric == metric].drop_duplicates('case_id').set_index('case_id').answer.reindex(ids)
+    return None if named.isna().any() else named.to_numpy()
+
+# %% ../nbs/03_metrics.ipynb #0050
 def summarise(
     per_case: pd.DataFrame,   # from `score_cases`, of one method; a column `seed` if several
     bootstrap: int = 2000,    # resamples
@@ -204,10 +212,10 @@ def summarise(
         block = _block(per_case, m)
         if block.empty: continue
         g = group[block.columns].to_numpy()
-        rows.append((m, *grouped_bootstrap(block.to_numpy(), g, bootstrap, seed), block.shape[1], len(set(g))))
+        rows.append((m, *grouped_bootstrap(block.to_numpy(), g, bootstrap, seed, _answers(per_case, m, block.columns)), block.shape[1], len(set(g))))
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
-# %% ../nbs/03_metrics.ipynb #0052
+# %% ../nbs/03_metrics.ipynb #0054
 def paired_differences(
     a: pd.DataFrame,          # `score_cases` of one method (a column `seed` if several)
     b: pd.DataFrame,          # the same cases by another
@@ -223,10 +231,10 @@ def paired_differences(
         both = x.index.intersection(y.index)
         if len(x) > 1 and len(y) > 1: x, y = x.loc[both], y.loc[both]
         d, g = x.to_numpy() - y[x.columns].to_numpy(), group[x.columns].to_numpy()
-        if d.size: rows.append((m, *grouped_bootstrap(d, g, bootstrap, seed), d.shape[1], len(set(g)), len(d)))
+        if d.size: rows.append((m, *grouped_bootstrap(d, g, bootstrap, seed, _answers(a, m, x.columns)), d.shape[1], len(set(g)), len(d)))
     return pd.DataFrame(rows, columns=['metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds'])
 
-# %% ../nbs/03_metrics.ipynb #0057
+# %% ../nbs/03_metrics.ipynb #0059
 def score_methods(
     answers: dict[tuple[str, int], Rankings],    # (method, seed) to what it answered
     cases: Sequence[Case],
@@ -244,7 +252,7 @@ def score_methods(
         out.append(score_cases(rankings, cases, catalogue, label, teacher, **kw).assign(method=method, seed=seed))
     return pd.concat(out, ignore_index=True)[['method', 'seed', 'case_id', 'group', 'metric', 'value']]
 
-# %% ../nbs/03_metrics.ipynb #0061
+# %% ../nbs/03_metrics.ipynb #0063
 def results_table(
     per_case: pd.DataFrame,   # from `score_methods`
     bootstrap: int = 2000,    # resamples
@@ -256,7 +264,7 @@ def results_table(
     out = pd.concat([summarise(t, bootstrap, seed).assign(method=m, seed=s) for m, s, t in parts], ignore_index=True)
     return out[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
 
-# %% ../nbs/03_metrics.ipynb #0064
+# %% ../nbs/03_metrics.ipynb #0066
 def difference_table(
     per_case: pd.DataFrame,   # from `score_methods`
     first: str = 'mint',      # compare this method with each other one; all pairs if it is absent
@@ -270,7 +278,7 @@ def difference_table(
     out = [paired_differences(by[a], by[b], bootstrap, seed).assign(a=a, b=b) for a, b in pairs]
     return pd.concat(out, ignore_index=True)[columns] if out else pd.DataFrame(columns=columns)
 
-# %% ../nbs/03_metrics.ipynb #0067
+# %% ../nbs/03_metrics.ipynb #0069
 def binned_gap(
     confidence: np.ndarray,   # (n,) stated probabilities
     correct: np.ndarray,      # (n,) whether it happened
@@ -281,7 +289,7 @@ def binned_gap(
     total = np.bincount(code, np.asarray(correct, float) - confidence, bins)
     return float(np.abs(total).sum()/len(code))
 
-# %% ../nbs/03_metrics.ipynb #0070
+# %% ../nbs/03_metrics.ipynb #0072
 def _check_probs(probs, truth) -> tuple[np.ndarray, np.ndarray]:
     "Arrays of the right shape whose rows are distributions."
     p, y = np.asarray(probs, float), np.asarray(truth, int)
@@ -298,7 +306,7 @@ def conf_ece(
     p, y = _check_probs(probs, truth)
     return binned_gap(p.max(1), p.argmax(1) == y, bins)
 
-# %% ../nbs/03_metrics.ipynb #0072
+# %% ../nbs/03_metrics.ipynb #0074
 def cw_ece(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer
@@ -308,7 +316,7 @@ def cw_ece(
     p, y = _check_probs(probs, truth)
     return float(np.mean([binned_gap(p[:, j], y == j, bins) for j in range(p.shape[1])]))
 
-# %% ../nbs/03_metrics.ipynb #0075
+# %% ../nbs/03_metrics.ipynb #0077
 def brier(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer
@@ -317,7 +325,7 @@ def brier(
     p, y = _check_probs(probs, truth)
     return float(((p - np.eye(p.shape[1])[y])**2).sum(1).mean())
 
-# %% ../nbs/03_metrics.ipynb #0077
+# %% ../nbs/03_metrics.ipynb #0079
 def nll(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer

@@ -135,8 +135,8 @@ def make_pairs(
     return drop_repeats(rows)
 
 def drop_repeats(rows: Sequence[dict]) -> list[dict]:
-    "Leave out rows whose prompt and answers an earlier row has."
-    unique = {json.dumps([r['prompt'], r['chosen_ids'], r['rejected_ids']]): r for r in reversed(rows)}
+    "Leave out rows whose prompt (note or image) and answers an earlier row has."
+    unique = {json.dumps([r['prompt'], r.get('image'), r['chosen_ids'], r['rejected_ids']]): r for r in reversed(rows)}
     return list(reversed(unique.values()))
 
 # %% ../nbs/20_pairs.ipynb #0034

@@ -716,10 +716,12 @@ def hide_labels(
     cases: Sequence[Case],
     share: float,        # of training cases that keep their labels
     seed: int = 0,
+    label: str = 'disease',   # its values keep their shares as evenly as possible
 ) -> tuple[list[Case], dict[str, dict]]:   # cases, and what was hidden by case id
     "Remove the labels of a share of the training cases."
-    train = sorted(c.id for c in cases if c.split == 'train')
-    hidden = {train[i] for i in np.random.default_rng(seed).permutation(len(train))[round(share*len(train)):]}
+    train = sorted((c for c in cases if c.split == 'train'), key=lambda c: c.id)
+    kept = {c.id for c in _trim(train, round(share*len(train)), lambda c: c.labels.get(label, ''), np.random.default_rng(seed))}
+    hidden = {c.id for c in train} - kept
     return [replace(c, labels={}) if c.id in hidden else c for c in cases], {c.id: c.labels for c in cases if c.id in hidden}
 
 # %% ../nbs/04_patients.ipynb #0151

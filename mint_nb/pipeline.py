@@ -49,7 +49,7 @@ class Step:
         return '-'.join([self.notebook, *map(str, self.values.values())])
 
 # %% ../nbs/60_pipeline.ipynb #0011
-ALIGNED = ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo', 'mint', 'mint_list', 'mint_note', 'mint_shuffled', 'mint_drop', 'sft_gold')   # methods with a training stage
+ALIGNED = ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo', 'mint', 'mint_list', 'mint_note', 'mint_shuffled', 'mint_drop', 'sft_gold', 'sft_gold_short')   # methods with a training stage
 
 # %% ../nbs/60_pipeline.ipynb #0012
 def students(
@@ -92,7 +92,7 @@ SPEEDS = dict(   # measured on two cores, weights in float32
     write=120.,          # tokens/s, greedy decoding in batches of 32, loading the model included
     half=1.9,            # times faster, where the processor multiplies bfloat16 natively
     tiny=4.)             # times faster, at least, is the tiny random student
-LEARNS = {'sft': .7, 'sft_gold': .6, 'dpo_full': 1.9, 'dpo': 1., 'ipo': 1., 'kto': 1.3}   # share of work relative to one pass over chosen and rejected lists
+LEARNS = {'sft': .7, 'sft_gold': .6, 'sft_gold_short': .6, 'dpo_full': 1.9, 'dpo': 1., 'ipo': 1., 'kto': 1.3}   # share of work relative to one pass over chosen and rejected lists
 
 # %% ../nbs/60_pipeline.ipynb #0021
 def work_seconds(

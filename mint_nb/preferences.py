@@ -26,6 +26,7 @@ def variant_of(
     "The preference dataset that a method is trained on."
     model = method_name(method).model
     if model in ('sft', 'dpo', 'dpo_full', 'ipo', 'kto', 'simpo'): return 'mint'
+    if model == 'sft_gold_short': return 'sft_gold'
     return model if model in _VARIANTS else None
 
 # %% ../nbs/29_preferences.ipynb #0008

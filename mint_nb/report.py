@@ -67,7 +67,7 @@ LOOKS |= {
     'mint_note': Look('MINT, note-only teacher', '#5d8fdb', 'control'),
     'mint_shuffled': Look('MINT, shuffled rankings', '#9dbcec', 'control'),
     'mint_drop': Look('MINT, misses dropped', '#7aa6e8', 'control'),
-    'sft_gold': Look('SFT on true answers', '#f0bf72', 'control'),
+    'sft_gold': Look('SFT on true answers', '#f0bf72', 'control'), 'sft_gold_short': Look('SFT on true answers, same epochs', '#f5d9ab', 'control'),
 }
 
 # %% ../nbs/50_report.ipynb #0011
@@ -440,11 +440,10 @@ def balanced(t: pd.DataFrame) -> float:
 
 # %% ../nbs/50_report.ipynb #0071
 def balanced_scores(per_case: pd.DataFrame, cases: Sequence[Case], label: str) -> pd.DataFrame:
-    "Top-1 again, each case weighted so that every true answer weighs the same: its mean is the balanced accuracy."
+    "Top-1 again as `balanced`, with a column `answer`: each true answer weighs the same in its mean."
     truth = {c.id: c.labels.get(label) for c in cases}
-    count = pd.Series([t for t in truth.values() if t]).value_counts()
     t = per_case[(per_case.metric == 'top1') & per_case.case_id.map(truth).notna()]
-    return t.assign(metric='balanced', value=t.value*sum(count)/(len(count)*t.case_id.map(truth).map(count)))
+    return t.assign(metric='balanced', answer=t.case_id.map(truth))
 
 # %% ../nbs/50_report.ipynb #0074
 @drawn

@@ -18,7 +18,7 @@ from typing import NamedTuple, Optional, Sequence
 
 import pandas as pd, yaml
 
-from .core import InputError, Params, Run, atomic_path, device_name, file_digest, nest, open_params, open_run, progress, read_json, read_table, record, run_stage, versions, write_json, write_table
+from .core import InputError, Params, Run, atomic_path, code_digest, device_name, file_digest, nest, open_params, open_run, progress, read_json, read_table, record, run_stage, versions, write_json, write_table
 from .tasks import Rankings, get_task, list_sizes
 from .metrics import paired_differences, results_table, score_methods
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
 MAIN = ('chance', 'teacher', 'teacher_note', 'naive_bayes', 'linear', 'linear_both', 'base', 'sft', 'dpo', 'dpo_full', 'mint', 'mint_list',
         'mint_note', 'mint_shuffled', 'mint_drop', 'sft_gold')
-LABELS = ('teacher', 'teacher_note', 'linear', 'linear_both', 'sft', 'mint', 'mint_note', 'sft_gold')
+LABELS = ('teacher', 'teacher_note', 'linear', 'linear_both', 'sft', 'mint', 'mint_note', 'sft_gold', 'sft_gold_short')
 ALL = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint', 'mint_note', 'sft_gold')
 
 # %% ../nbs/61_study.ipynb #0011
@@ -75,7 +75,7 @@ def pieces() -> list[Piece]:   # in the order in which they are run
                 Piece(f'dysmorphic-{s}', 'dysmorphic', '', s, clean(MAIN), REAL['dysmorphic']),
                 *(Piece(f'simulated-{p}-labelled-{s}', 'simulated', f'{p} % labelled', s, LABELS, {'cohort.label_share': p/100}) for p in (10, 25)),
                 Piece(f'all-{s}', 'all', '', s, clean(ALL), REAL['all'])]
-    return out + [Piece('ablation-lists-0', 'simulated', '', 0, ('chance',), {}, LISTS), Piece('ablation-training-0', 'simulated', '', 0, ('chance',), {}, TRAINING)]
+    return out + [Piece('ablation-lists-0', 'simulated', 'ablation', 0, ('chance',), {}, LISTS), Piece('ablation-training-0', 'simulated', 'ablation', 0, ('chance',), {}, TRAINING)]
 
 # %% ../nbs/61_study.ipynb #0015
 def general_questions() -> list[dict]:   # question, answer, others
@@ -129,9 +129,9 @@ def fork(
     for name in ('cases', 'upstream', 'align/depth'):
         (path/name).parent.mkdir(parents=True, exist_ok=True)
         if not (path/name).exists(): (path/name).symlink_to((base/name).resolve())
-    have = {e['stage'] for e in run.manifest}
+    have = {(e['stage'], e.get('key')) for e in run.manifest}
     for e in base.manifest:
-        if e['status'] == 'done' and e['stage'].split('/')[0] in ('cohort', 'upstream') and e['stage'] not in have: record(run, e)
+        if e['status'] == 'done' and e['stage'].split('/')[0] in ('cohort', 'upstream') and (e['stage'], e['key']) not in have: record(run, e)
     return run
 
 # %% ../nbs/61_study.ipynb #0025
@@ -226,12 +226,13 @@ def write_piece(piece: Piece, runs: dict[str, Run], out: Path) -> Path:
     stages = [(e['stage'], e['seconds']) for r in runs.values() for e in r.manifest if e['status'] == 'done']
     params = {k: v for k, v in run.params.model_dump(mode='json').items() if k not in ('methods', 'seeds')}
     params['cohort']['source'] = params['cohort']['source'] and Path(params['cohort']['source']).name
-    card = read_json(run/'cases/card.json')
+    card, lists = read_json(run/'cases/card.json'), run/f'preferences/mint-{piece.seed}/card.json'
     write_table(out/f'{piece.name}.parquet', piece_table(piece, runs))
     if len(general := general_table(piece, runs)): write_table(out/f'{piece.name}.general.parquet', general)
     return write_json(out/f'{piece.name}.json', {
         'command': f'mint-nb study --only {piece.name}' + ('' if piece.cohort == 'simulated' else ' --cases phenopackets.zip'), 'piece': piece.name, 'cohort': piece.cohort,
-        'condition': piece.condition, 'seed': piece.seed, 'answers': len(cohort_catalogue(run)), 'splits': card['splits'], 'cases': file_digest(run/'cases/cases.parquet'),
+        'condition': piece.condition, 'seed': piece.seed, 'answers': len(cohort_catalogue(run)), 'splits': card['splits'], 'cases': file_digest(run/'cases/cases.parquet'), 'code': code_digest('mint_nb.study'),
+        'teacher': read_json(run/f'upstream/{run.params.teacher.view}-{piece.seed}/metrics.json'), 'lists': {k: v for k, v in read_json(lists).items() if k in ('cases', 'chosen_misses_truth', 'rejected_has_truth')} if lists.exists() else {},
         'date': date.today().isoformat(), 'device': device_name(), 'versions': versions(), 'params': params, 'stage_seconds': dict(stages), 'seconds': round(sum(s for _, s in stages))})
 
 # %% ../nbs/61_study.ipynb #0036
@@ -262,12 +263,13 @@ def run_study(
 def study_cases(
     folder: Optional[Path] = None,   # of the pieces; None: the checkout's
 ) -> pd.DataFrame:                   # cohort, condition, method, seed, case_id, group, face, metric, value
-    "All scores of the finished pieces; pieces of a cohort must have the same cases."
+    "All scores of the finished pieces; those of a cohort must come from the same cases and the same code."
     parts, cases = [], {}
     for file in sorted((folder or results_folder()).glob('*.json')):
         facts = read_json(file)
         if cases.setdefault((facts['cohort'], facts['condition']), facts['cases']) != facts['cases']:
             raise InputError('was run on other cases than the other seeds', file=file, field='cases')
+        if cases.setdefault(('code', facts['cohort']), facts['code']) != facts['code']: raise InputError('was run with other code than the others', file=file, field='code', hint=f"{facts['command']} --again")
         parts.append(read_table(file.with_suffix('.parquet')).assign(cohort=facts['cohort']))
     if not parts: return pd.DataFrame(columns=['cohort', 'condition', 'method', 'seed', 'case_id', 'group', 'face', 'metric', 'value'])
     long = pd.concat(parts).melt(['cohort', 'condition', 'method', 'seed', 'case', 'group', 'face'], list(KEEP), 'metric', 'value').dropna(subset='value')
@@ -291,8 +293,8 @@ def cohort_results(
     return r[r.seed == -1] if (r.seed == -1).any() else r
 
 # %% ../nbs/61_study.ipynb #0041
-COMPARED = (('mint', 'sft', 'the odds term (primary)'), ('mint', 'dpo', 'ORPO against DPO'), ('mint', 'mint_note', 'the second view'),
-            ('mint', 'sft_gold', 'a ranking against true answers'), ('mint', 'mint_shuffled', "the patient's own ranking"),
+COMPARED = (('mint', 'sft', 'the odds term (primary)'), ('mint', 'dpo', 'ORPO against DPO, as many updates'), ('mint', 'dpo_full', 'ORPO against all of SFT and then DPO'), ('mint', 'mint_note', 'the second view'),
+            ('mint', 'sft_gold', 'a ranking against true answers'), ('mint', 'sft_gold_short', 'a ranking against true answers, as many epochs'), ('mint', 'mint_shuffled', "the patient's own ranking"),
             ('mint', 'mint_drop', 'keeping what misses the truth'), ('mint_list', 'mint', 'four rejected lists at once'), ('mint', 'linear', 'the linear model'))
 
 def comparisons(

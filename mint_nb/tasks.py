@@ -12,6 +12,7 @@ import json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
+from zlib import crc32
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
@@ -260,8 +261,8 @@ class ChanceRanker:
     seed: int = 0
     name: str = 'chance'
     def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
-        "Rank by random numbers."
-        scores = np.random.default_rng(self.seed).random((len(cases), len(self.catalogue)))
+        "Rank by random numbers of the seed and the case's id, so that a case is answered alike in any company."
+        scores = np.array([np.random.default_rng([self.seed, crc32(c.id.encode())]).random(len(self.catalogue)) for c in cases]).reshape(len(cases), len(self.catalogue))
         return rankings_from_scores([c.id for c in cases], scores, self.catalogue, top, bottom)
 
 # %% ../nbs/02_tasks.ipynb #0040

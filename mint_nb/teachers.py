@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['View', 'MISSING', 'CONVERT', 'MIX', 'WORDS_FASTER', 'phrases', 'word_tokenizer', 'gentle_start', 'small_vilt',
            'pooled', 'random_faces', 'learn_faces', 'see_faces', 'read_weights', 'pretrained_vilt', 'Teacher', 'jitter',
-           'load_teacher', 'folds_of', 'cross_fit']
+           'load_teacher', 'folds_of', 'judging_folds', 'unseen_answers', 'cross_fit']
 
 # %% ../nbs/10_teachers.ipynb #0003
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Optional, Sequence
 
@@ -181,7 +182,7 @@ class Teacher:
         root: Path | str = '.',       # folder that `Case.image` is relative to
         label: str = 'disease',       # key of `Case.labels`
         image_size: int = 64,         # pixels a side, unless real weights say otherwise
-        view: View = 'both',          # what it sees when it ranks
+        view: View = 'both',          # what it sees when it ranks; a teacher of 'note' never sees a picture, not in training either
         seed: int = 0,
     ):
         self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
@@ -270,7 +271,7 @@ def fit_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[C
     for _ in progress(range(p.epochs), desc):
         order = rng.permutation(len(cases))
         for at in range(0, len(cases), p.batch):
-            part, view = order[at:at + p.batch], rng.choice(['both', 'note', 'portrait'], p=MIX)
+            part, view = order[at:at + p.batch], rng.choice(['both', 'note', 'portrait'], p=MIX if self.view != 'note' else (0, 1, 0))
             logits = model.classifier(pooled(model, self.batch([cases[i] for i in part], [view]*len(part), rng)))
             loss = F.cross_entropy(logits, target[part], label_smoothing=.1)
             opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
@@ -336,7 +337,30 @@ def folds_of(
     folds = (StratifiedGroupKFold if spread else GroupKFold)(n, shuffle=True, random_state=seed)
     return list(folds.split(cases, answers, groups))
 
-# %% ../nbs/10_teachers.ipynb #0057
+# %% ../nbs/10_teachers.ipynb #0058
+def judging_folds(
+    cases: Sequence[Case],    # with a label
+    n: int, seed: int, label: str = 'disease',
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Train and held-out positions for each fold; groups stay together, except those that alone have an answer."
+    answers, groups = [c.labels[label] for c in cases], [c.group or c.id for c in cases]
+    of, units = defaultdict(set), defaultdict(list)
+    for a, g in zip(answers, groups): of[a].add(g)
+    for i, (a, g) in enumerate(zip(answers, groups)): units[g if len(of[a]) > 1 else (g, i)].append(i)
+    n = min(n, len(units))
+    if n < 2: raise InputError('cross-fitting needs two cases or more', field='teacher.folds')
+    have, folds, turn = [Counter() for _ in range(n)], [[] for _ in range(n)], np.random.default_rng(seed).permutation(len(units))
+    for unit in sorted((list(units.values())[i] for i in turn), key=len, reverse=True):           # the largest first
+        tally = Counter(answers[i] for i in unit)
+        f = min(range(n), key=lambda f: (sum(have[f][a]*k for a, k in tally.items()), have[f].total()))
+        have[f] += tally; folds[f] += unit
+    return [(np.setdiff1d(np.arange(len(cases)), held), np.sort(held)) for held in folds]
+
+def unseen_answers(cases: Sequence[Case], folds: Sequence[tuple[np.ndarray, np.ndarray]], label: str = 'disease') -> list[str]:   # case ids
+    "Cases that are judged by a teacher without a case of their answer."
+    return [cases[i].id for train, held in folds for seen in [{cases[j].labels[label] for j in train}] for i in held if cases[i].labels[label] not in seen]
+
+# %% ../nbs/10_teachers.ipynb #0062
 def cross_fit(
     cases: Sequence[Case], catalogue: Catalogue, params: TeacherParams,
     root: Path | str, label: str = 'disease', image_size: int = 64, seed: int = 0,
@@ -347,7 +371,7 @@ def cross_fit(
     known = [i for i, c in enumerate(cases) if c.labels.get(label) in catalogue]
     unknown = [i for i in range(len(cases)) if i not in set(known)]
     out = {v: np.zeros((len(cases), len(catalogue))) for v in views}
-    folds, fresh = folds_of([cases[i] for i in known], params.folds, seed, label), lambda s: Teacher(catalogue, params, root, label, image_size, seed=s)
+    folds, fresh = judging_folds([cases[i] for i in known], params.folds, seed, label), lambda s: Teacher(catalogue, params, root, label, image_size, seed=s)
     for f, (train, held) in enumerate(folds):
         t = (make or fresh)(100*seed + f).fit([cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
         for v in views:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage.color import hed_from_rgb, rgb_from_hed   # the stains' matrices; torchstain and albumentations would add torchvision or OpenCV
 
 from .core import CohortParams, InputError, printable, progress
@@ -208,6 +208,9 @@ def label_table(
     except (ValueError, OverflowError) as e: raise InputError(f'is not a readable table: {printable(e, 100)}', file=file) from e
     missing = [c for c in ('file', 'label', 'patient') if c not in t]
     if missing: raise InputError('the table lacks columns', file=file, field=', '.join(missing), hint='a row a tile: file, label, patient')
+    t = t.assign(patient=t.patient.str.strip(), **({'split': t.split.str.strip().str.lower()} if 'split' in t else {}))
+    odd = t[~t.split.isin(['', *SHARES])] if 'split' in t else t[:0]
+    if len(odd): raise InputError(f'{printable(odd.split.iloc[0], 40)!r} is no split', file=file, record=odd.file.iloc[0], field='split', hint='known are ' + ', '.join(SHARES))
     for column in {'split', 'fold'} & set(t):
         sides = t[t[column] != ''].groupby('patient')[column].nunique()
         if (sides > 1).any(): raise InputError(f'the patient is in {sides.max()} of them, on both sides', file=file, record=sides.idxmax(), field=column, hint='split by patient')
@@ -370,7 +373,7 @@ def save_tiles(
     for c in progress(cohort.cases, 'writing tiles'):
         try: image, captions[c.id] = cohort.picture(c)
         except InputError as e: problems.append(e); continue
-        name = f'{file_name(c.id)}.png'
+        image, name = ImageOps.fit(image, (min(image.size),)*2), f'{file_name(c.id)}.png'      # a tile may be a few pixels off a square
         image.save(images/name, compress_level=1)
         cases.append(replace(c, image=f'images/{name}'))
     return cases, captions, problems

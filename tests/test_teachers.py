@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from mint_nb.core import InputError, TeacherParams
 from mint_nb.images import draw_portrait
 from mint_nb.tasks import Case, Catalogue, Finding, Ranker
-from mint_nb.teachers import Teacher, cross_fit, folds_of, load_teacher, pretrained_vilt, small_vilt, word_tokenizer
+from mint_nb.teachers import Teacher, cross_fit, folds_of, judging_folds, load_teacher, pretrained_vilt, small_vilt, unseen_answers, word_tokenizer
 
 IDS = [f'OMIM:{i}' for i in range(4)]
 CATALOGUE = Catalogue({d: f'Disease {d[5:]}' for d in IDS})
@@ -50,9 +50,10 @@ def test_the_diagnosis_of_a_ranked_case_is_never_read(root, cases):
     t = Teacher(CATALOGUE, QUICK, root, image_size=32).fit(cases)
     assert np.array_equal(t.scores(cases), t.scores([replace(c, labels={}) for c in cases]))
 
-def test_cross_fitted_scores_do_not_depend_on_the_own_label(root, cases):
-    "Swap the label of one family: its own cross-fitted scores stay, because it trained none of its judges."
-    slow = QUICK.model_copy(update={'epochs': 3, 'lr': 1e-2, 'folds': 5})   # more folds than cases of an answer: labels do not shape the folds
+def test_cross_fitted_scores_do_not_depend_on_the_own_label(root, cases, monkeypatch):
+    "Swap the label of one family: in the same folds its own cross-fitted scores stay, because it trained none of its judges."
+    slow, folds = QUICK.model_copy(update={'epochs': 3, 'lr': 1e-2}), judging_folds(cases, 5, 0)
+    monkeypatch.setattr('mint_nb.teachers.judging_folds', lambda *a: folds)
     swapped = [replace(c, labels={'disease': IDS[3 - int(c.labels['disease'][5:])]}) if c.group == 'F0' else c for c in cases]
     a, b = (cross_fit(cs, CATALOGUE, slow, root, image_size=32)['both'] for cs in (cases, swapped))
     own = [i for i, c in enumerate(cases) if c.group == 'F0']
@@ -63,6 +64,18 @@ def test_folds_keep_groups_together(cases):
     assert sorted(i for _, held in folds for i in held) == list(range(16))
     for train, held in folds: assert not {cases[i].group for i in train} & {cases[i].group for i in held}
     with pytest.raises(InputError, match='two groups'): folds_of([replace(c, group='F') for c in cases], 3, 0)
+
+def test_every_answer_with_two_cases_is_known_to_its_judge():
+    "Publications that each have one disease, as published cases split by publication do: no judge may be a stranger to it."
+    few = [Case(f'P{i}', labels={'disease': f'D{i//4}'}, group=f'PMID:{i//4}') for i in range(40)]
+    assert len(unseen_answers(few, folds_of(few, 3, 0))) == 40 and not unseen_answers(few, judging_folds(few, 3, 0))
+    mixed = few + [Case(f'Q{i}', labels={'disease': f'D{i}'}, group='PMID:Q') for i in range(10)]       # a second publication for each
+    assert not unseen_answers(mixed, judging_folds(mixed, 3, 0))
+    for train, held in judging_folds(mixed, 3, 0): assert not {mixed[i].group for i in train} & {mixed[i].group for i in held}
+
+def test_a_teacher_of_notes_never_opens_a_portrait(root, cases):
+    a, b = (Teacher(CATALOGUE, QUICK, root, image_size=32, view='note').fit(cs).scores(cs) for cs in (cases, [replace(c, image=cases[i - 1].image) for i, c in enumerate(cases)]))
+    assert np.allclose(a, b, atol=1e-6), 'other pictures, the same teacher'
 
 def test_cases_without_a_label_are_ranked_and_not_learnt_from(root, cases):
     bare = [replace(c, labels={}) if c.group in ('F1', 'F2') else c for c in cases]

@@ -55,14 +55,14 @@ MODES = {'L': 'is grey-scale', 'LA': 'is grey-scale with alpha', '1': 'is black 
 def check_tile(
     image: Image.Image,
     **place,               # file, record: for the message
-) -> Image.Image:          # the same, loaded
+) -> Image.Image:          # the same, cut to a square where it is a few pixels off
     "Raise an `InputError` unless an image is a usable tile."
     hint = 'export it as 8-bit RGB without alpha'
     if image.mode != 'RGB': raise InputError(f'{MODES.get(image.mode, f"has the mode {image.mode}")}, a tile is 8-bit RGB', **place, field='mode', hint=hint)
     w, h = image.size
     if min(w, h) < MIN_SIDE or max(w, h) > 1.1*min(w, h):
         raise InputError(f'is {w} x {h} pixels, a tile is square and has {MIN_SIDE} or more a side', **place, field='size')
-    return image
+    return image if w == h else ImageOps.fit(image, (min(w, h),)*2)
 
 # %% ../nbs/07_tiles.ipynb #0011
 def _png_bits(raw: bytes) -> int:
@@ -373,7 +373,7 @@ def save_tiles(
     for c in progress(cohort.cases, 'writing tiles'):
         try: image, captions[c.id] = cohort.picture(c)
         except InputError as e: problems.append(e); continue
-        image, name = ImageOps.fit(image, (min(image.size),)*2), f'{file_name(c.id)}.png'      # a tile may be a few pixels off a square
+        name = f'{file_name(c.id)}.png'
         image.save(images/name, compress_level=1)
         cases.append(replace(c, image=f'images/{name}'))
     return cases, captions, problems

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 
-from mint_nb.core import CohortParams, InputError
+from mint_nb.cohort import make_cohort
+from mint_nb.core import CohortParams, InputError, open_run
 from mint_nb.nuclei import TISSUES, simulate_tile
 from mint_nb.patients import check_splits
 from mint_nb.tasks import Case
@@ -135,6 +136,28 @@ def test_a_patient_on_both_sides_refuses_the_source(tmp_path, column):
     z = zipped(tmp_path/'t.zip', labels_csv=table('a.png,Liver,P1,train', 'b.png,Liver,P1,test', columns=f'file,label,patient,{column}'), a_png=PNG, b_png=PNG)
     with pytest.raises(InputError, match='both sides') as e: load_tiles(z)
     assert e.value.record == 'P1'
+
+
+def test_patients_and_splits_are_read_without_blanks_and_case(tmp_path):
+    z = zipped(tmp_path/'t.zip', labels_csv=table('a.png,Liver,P1,train', 'b.png,Liver,P1 ,Test', columns='file,label,patient,split'), a_png=PNG, b_png=PNG)
+    with pytest.raises(InputError, match='both sides'): load_tiles(z)
+    z = zipped(tmp_path/'u.zip', labels_csv=table('a.png,Liver,P1,training', columns='file,label,patient,split'), a_png=PNG)
+    with pytest.raises(InputError, match="'training' is no split") as e: load_tiles(z)
+    assert (e.value.record, e.value.field) == ('a.png', 'split')
+
+
+def test_a_tile_a_few_pixels_off_a_square_is_cut(tmp_path):
+    out = io.BytesIO(); Image.new('RGB', (66, 64)).save(out, 'PNG')
+    assert open_tile(out.getvalue()).size == (64, 64)
+
+
+@pytest.mark.parametrize('rows, overrides, message', [
+    (['{n}.png,{t},P{n},train'], {}, 'no case is in test'), (['{n}.png,{t},P{n},'], {'cohort.label_share': .5}, 'tiles keep their labels')])
+def test_a_cohort_that_cannot_be_tested_ends_before_any_training(tmp_path, rows, overrides, message):
+    lines = [rows[0].format(n=n, t=('Liver', 'Colon', 'Kidney', 'Bladder')[n % 4]) for n in range(32)]
+    z = zipped(tmp_path/'t.zip', labels_csv=table(*lines, columns='file,label,patient,split'), **{f'{n}_png': PNG for n in range(32)})
+    run = open_run(tmp_path/'run', 'smoke', {'task': 'tissue', 'cohort.source': str(z), 'cohort.train': 0, 'cohort.test': 0} | overrides)
+    with pytest.raises(InputError, match=message): make_cohort(run)
 
 
 def test_zip_slip_links_and_broken_archives(tmp_path):

@@ -316,7 +316,7 @@ def rank(self: DualTeacher, cases: Sequence[Case], top: int = 10, bottom: int = 
     s = self.scores(cases)
     return rankings_from_scores([c.id for c in cases], s, self.catalogue, top, bottom, probs=np.exp(s), seed=self.seed)
 
-# %% ../nbs/13_dual.ipynb #0055
+# %% ../nbs/13_dual.ipynb #0057
 @patch
 def save(self: DualTeacher, folder: Path | str) -> Path:
     "Write the teacher into a folder, atomically."
@@ -330,7 +330,7 @@ def save(self: DualTeacher, folder: Path | str) -> Path:
                                             image_size=self.image_size, view=self.view, seed=self.seed, norm=self.norm))
     return Path(folder)
 
-# %% ../nbs/13_dual.ipynb #0056
+# %% ../nbs/13_dual.ipynb #0058
 def load_dual(folder: Path | str, root: Path | str = '.') -> DualTeacher:
     "Read a teacher that `save` wrote."
     folder, meta = Path(folder), read_json(Path(folder)/'teacher.json')
@@ -342,7 +342,7 @@ def load_dual(folder: Path | str, root: Path | str = '.') -> DualTeacher:
         setattr(t, name, model.to(t.device).eval())
     return t
 
-# %% ../nbs/13_dual.ipynb #0061
+# %% ../nbs/13_dual.ipynb #0063
 def texture_features(
     tile: np.ndarray,    # (S, S, 3) bytes
 ) -> np.ndarray:         # (80,)
@@ -356,7 +356,7 @@ def texture_features(
     pairs = [graycoprops(counts, f).mean(1) for f in ('contrast', 'homogeneity', 'energy', 'correlation')]
     return np.concatenate([colour, rgb, *patterns, *pairs])
 
-# %% ../nbs/13_dual.ipynb #0062
+# %% ../nbs/13_dual.ipynb #0064
 class TextureRanker:
     "Logistic regression on colour and texture."
     name = 'texture'
@@ -374,12 +374,12 @@ class TextureRanker:
         s = self.scores(cases)
         return rankings_from_scores([c.id for c in cases], s, self.catalogue, top, bottom, probs=np.exp(s))
 
-# %% ../nbs/13_dual.ipynb #0063
+# %% ../nbs/13_dual.ipynb #0065
 def tile_features(cases: Sequence[Case], root: Path | str, size: int) -> np.ndarray:   # (n, F)
     "Colour and texture of the tiles of some cases, read at `size` pixels a side."
     return np.stack([texture_features(np.uint8(load_image(Path(root)/c.image, size).transpose(1, 2, 0)*255 + .5)) for c in progress(cases, 'texture')])
 
-# %% ../nbs/13_dual.ipynb #0064
+# %% ../nbs/13_dual.ipynb #0066
 @patch(cls_method=True)
 def fit(cls: TextureRanker,
     cases: Sequence[Case],        # training tiles; those with a label are used
@@ -395,7 +395,7 @@ def fit(cls: TextureRanker,
     scaler = StandardScaler().fit(x)
     return TextureRanker(scaler, LogisticRegression(C=C, max_iter=2000, random_state=seed).fit(scaler.transform(x), y), catalogue, root, size)
 
-# %% ../nbs/13_dual.ipynb #0067
+# %% ../nbs/13_dual.ipynb #0069
 def scored_in_folds(
     cases: Sequence[Case], catalogue: Catalogue, root: Path | str, params: TeacherParams,
     captions: dict[str, str], size: int = 64, seed: int = 0,
@@ -409,7 +409,7 @@ def scored_in_folds(
         for m, s in all_scores.items(): hits.setdefault(m, np.zeros(len(cases)))[held] = s.argmax(1) == truth[held]
     return pd.DataFrame({'case_id': [c.id for c in cases], 'group': [c.group for c in cases], **hits})
 
-# %% ../nbs/13_dual.ipynb #0068
+# %% ../nbs/13_dual.ipynb #0070
 def compare_in_folds(scored: pd.DataFrame, against: str = 'texture', bootstrap: int = 2000) -> pd.DataFrame:
     "Accuracy of each method and its difference from one of them, with intervals by patient."
     rows = []
@@ -419,7 +419,7 @@ def compare_in_folds(scored: pd.DataFrame, against: str = 'texture', bootstrap: 
         rows.append(dict(method=m, accuracy=value, lo=lo, hi=hi, diff=diff, diff_lo=dlo, diff_hi=dhi, tiles=len(scored), patients=scored.group.nunique()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_dual.ipynb #0070
+# %% ../nbs/13_dual.ipynb #0072
 def tile_benchmark(
     source: Path | str,            # zip or folder of tiles with patients
     out: Path | str,               # CSV

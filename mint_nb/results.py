@@ -53,9 +53,9 @@ def standing(
     if not students or not (t.method == 'linear').any(): return ''
     best = max(students, key=lambda m: t[t.method == m].value.mean())
     d = paired_differences(t[t.method == best], t[t.method == 'linear']).iloc[0].to_dict()
-    said = verdict(d | {'a': best, 'b': 'linear'})
-    if d['hi'] >= 0: return f"Best student by {metric.replace('top', 'top ')}: {said}"
-    return f"Best student by {metric.replace('top', 'top ')}: {said} Where findings are coded and the list of diseases is closed, the linear model is the better choice. " \
+    said = f"Best student by {metric.replace('top', 'top ')}, picked on these cases, which favours it: {verdict(d | {'a': best, 'b': 'linear'})}"
+    if d['hi'] >= 0: return said
+    return f"{said} Where findings are coded and the list of diseases is closed, the linear model is the better choice. " \
            'What the language model is for is what the linear model cannot take: free text that nobody has coded, answers outside a fixed list, documents in the prompt, and the reasons for an answer in words.'
 
 # %% ../nbs/63_results.ipynb #0013

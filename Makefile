@@ -103,7 +103,7 @@ reasoning: .make/env  ## retrieval and reasoning on three cohorts (an hour); CAS
 	$(REASON) $(ASKED) --out runs/reasoning/quality-noisy --set cohort.note_noise=0.5 --set cohort.note_style=long --set cohort.max_findings=16 && $(call WRITE,quality-noisy)
 	$(if $(CASES),for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-phenopackets --cases $(CASES) --set cohort.diseases=40 && $(call WRITE,$$t-phenopackets) || exit 1; done,@echo 'published cases: left out, needs CASES=phenopackets.zip')
 	$(if $(and $(CASES),$(NOTES)),$(REASON) $(ASKED) --out runs/reasoning/quality-notes --cases $(CASES) --set cohort.test_source=$(NOTES) --set cohort.diseases=0 && $(call WRITE,quality-notes))
-	$(if $(and $(CASES),$(NOTES)),for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-notes --cases $(CASES) --set cohort.test_source=$(NOTES) --set cohort.diseases=0 --set cohort.train=240 && $(call WRITE,$$t-notes) || exit 1; done; \
+	$(if $(and $(CASES),$(NOTES)),for t in disease gene; do $(REASON) --task $$t --out runs/reasoning/$$t-notes --cases $(CASES) --set cohort.test_source=$(NOTES) --set cohort.diseases=0 --set cohort.train=240 --set student.max_prompt=0 && $(call WRITE,$$t-notes) || exit 1; done; \
 	$(EXTRACT),@echo 'free-text notes: left out, needs CASES= and NOTES=notes.jsonl.gz')
 
 .PHONY: calibrate

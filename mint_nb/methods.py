@@ -132,7 +132,8 @@ METHODS = MappingProxyType({
     'naive_bayes': knowledge_method(NaiveBayesRanker), 'naive_bayes_both': knowledge_method(NaiveBayesRanker, view='all'),
     'naive_bayes_clean': knowledge_method(NaiveBayesRanker, leak_control=True), 'naive_bayes_strict': knowledge_method(NaiveBayesRanker, leak_control='strict'),
     'resnik': knowledge_method(ResnikRanker), 'resnik_both': knowledge_method(ResnikRanker, view='all'),
-    'retrieval': retrieval_method(), 'retrieval_clean': retrieval_method(leak_control=True), 'bm25': retrieval_method(kind='bm25'), 'dense': retrieval_method(kind='dense'),
+    'retrieval': retrieval_method(leak_control=False), 'retrieval_clean': retrieval_method(leak_control=True),
+    'bm25': retrieval_method(kind='bm25', leak_control=False), 'dense': retrieval_method(kind='dense', leak_control=False),
     'linear': linear_method('note'), 'linear_both': linear_method('all'), 'texture': texture_method(),
     **{f'teacher_{v}': teacher_method(v) for v in ('zero_shot', 'probe', 'tuned')},
     'base': student_method('base'), **{m: student_method(m) for m in SCHEDULES}})

@@ -21,6 +21,7 @@ from .predict import predict_method
 from .attribution import masking_effect
 from .report import (COLUMNS, TILE_COLUMNS, all_figures, balanced_scores, confusion, confusion_figure, map_figure, bullets, figure_html, headline, how_made_html, in_order, look, page_html, para, results_markdown,
                             results_wide, save_figure, section, table_html, worked_cases_html, write_report)
+from .retrieve import tells_diagnosis
 from .reporting import cards_html, checklist, checklist_markdown
 
 # %% ../nbs/59_analysis.ipynb #0005
@@ -63,9 +64,10 @@ def named(run: Run, table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/59_analysis.ipynb #0009
 def subgroup_table(run: Run, per_case: pd.DataFrame, cases: list[Case]) -> pd.DataFrame:
-    "Results apart for cases whose portrait shows a finding and for those whose portrait shows none."
-    shows = {c.id: bool(c.findings('portrait')) for c in cases}
+    "Results apart for cases whose portrait shows a finding and for those whose portrait shows none, and, where notes name the answer, with and without those."
+    shows, tells = {c.id: bool(c.findings('portrait')) for c in cases}, {c.id: tells_diagnosis(c) for c in cases}
     parts = {name: per_case[per_case.case_id.map(shows) == yes] for name, yes in (('portrait shows a finding', True), ('portrait shows none', False))}
+    if any(tells.values()): parts |= {name: per_case[per_case.case_id.map(tells) == yes] for name, yes in (('note tells the answer', True), ('note does not tell the answer', False))}
     out = [results_table(t, run.params.analysis.bootstrap).assign(subgroup=name) for name, t in parts.items() if len(t)]
     return pd.concat(out, ignore_index=True)
 

@@ -57,14 +57,14 @@ def real_cases(run: Run, ontology: Ontology) -> tuple[list[Case], Catalogue, dic
     "Read real cases, choose answers and cases by seed, write the notes that are missing."
     p, label = run.params.cohort, get_task(run.params.task).label
     cases, problems = usable_cases(p.source, ontology)
-    answers, outside = choose_answers(cases, ontology, p, label), []
+    answers, outside, read = choose_answers(cases, ontology, p, label), [], (len(cases), len(answer_table(cases, label)))
     if p.test_source:
         others, more = usable_cases(p.test_source, ontology)
         cases, outside = outside_test(cases, others, answers, p.test, p.seed, label)
         problems += more
     chosen = [add_note(c, ontology, p.note_style, p.max_findings, p.note_noise, p.seed) for c in [*select_cases(cases, answers, p, label), *outside]]
     lost = [str(e) for e in problems if not isinstance(e, InputWarning)]
-    facts = {'test_source': p.test_source, 'read': len(cases), 'answers_read': len(answer_table(cases, label)), 'lost': len(lost), 'corrected': len(problems) - len(lost)}
+    facts = {'test_source': p.test_source, 'read': read[0], 'answers_read': read[1], 'lost': len(lost), 'corrected': len(problems) - len(lost)}
     return chosen, catalogue_of_cases(answers, ontology, label), {'source': str(p.source), 'simulated': False, **facts, 'problems': lost[:50] + [
         str(e) for e in problems if isinstance(e, InputWarning)][:50]}
 

@@ -64,10 +64,11 @@ def shown_as(
     term: str,                    # a finding of the case
     known: dict[str, float],      # annotated findings of a disease and their frequency
     ontology: Ontology,
+    absent: bool = False,         # the finding is missing: that says nothing of a more general one
 ) -> tuple[str, float]:           # the annotated finding that matches, its frequency; ('', 0) if there is none
     "How a disease shows a finding: itself, something more special, or the most special general form."
     below = {h: f for h, f in known.items() if term in ontology.ancestors(h)}
-    if below: return max(below.items(), key=lambda x: (x[0] == term, x[1], x[0]))
+    if below or absent: return max(below.items(), key=lambda x: (x[0] == term, x[1], x[0]), default=('', 0.))
     above = [h for h in ontology.ancestors(term) if h in known]
     best = max(above, key=lambda h: (len(ontology.ancestors(h)), h), default='')
     return best, known.get(best, 0.0)
@@ -76,7 +77,7 @@ def evidence(case: Case, disease_id: str, ontology: Ontology, common: float = .5
     "The findings of a case that speak for and against a disease."
     known, out = dict(ontology.disease_findings(disease_id)), {'for': [], 'against': []}
     for f in case.phenotypes if known else ():
-        match, frequency = shown_as(f.id, known, ontology)
+        match, frequency = shown_as(f.id, known, ontology, f.excluded)
         side = ('against' if frequency >= common else None) if f.excluded else 'for' if match else 'against'
         if side: out[side].append({'id': f.id, 'label': f.label, 'observed': not f.excluded, 'known_as': match or None, 'frequency': round(float(frequency), 3)})
     return out

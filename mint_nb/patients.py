@@ -9,10 +9,10 @@ __all__ = ['PHENOTYPE', 'NAME_LENGTH', 'FACIAL', 'OTHER', 'MISSED', 'IMPRECISE',
            'broader', 'background', 'draw_findings', 'common_findings', 'draw_absent', 'describe', 'phrase', 'listing',
            'case_rng', 'choose_for_note', 'say', 'view_of', 'add_note', 'write_note', 'split_sizes', 'fair_share',
            'split_by_group', 'check_splits', 'simulate_patient', 'simulate_cohort', 'InputWarning', 'check_archive',
-           'documents', 'age_in_years', 'read_findings', 'parse_phenopacket', 'parse_note', 'load_phenopackets',
-           'gmdb_table', 'load_gmdb', 'load_cases', 'answer_table', 'catalogue_of_cases', 'choose_answers',
-           'select_cases', 'outside_test', 'hide_labels', 'names_answer', 'file_name', 'use_embeddings', 'cohort_card',
-           'describe_cohort']
+           'documents', 'age_in_years', 'read_findings', 'publication_id', 'parse_phenopacket', 'parse_note',
+           'load_phenopackets', 'gmdb_table', 'load_gmdb', 'load_cases', 'answer_table', 'catalogue_of_cases',
+           'choose_answers', 'select_cases', 'outside_test', 'hide_labels', 'names_answer', 'file_name',
+           'use_embeddings', 'cohort_card', 'describe_cohort']
 
 # %% ../nbs/04_patients.ipynb #0003
 import gzip, itertools, json, re, stat, zipfile, zlib
@@ -148,10 +148,11 @@ def describe(
     nouns = {'female': ('woman', 'girl'), 'male': ('man', 'boy')}
     noun = nouns.get(sex, ('person', 'child'))[child]
     if age is None: return {'female': 'female patient', 'male': 'male patient'}.get(sex, 'patient')
-    if age < 1/12: return f'newborn {noun}'
-    return f'{int(age)}-year-old {noun}' if age >= 2 else f'{int(age*12)}-month-old {noun}'
+    months = int(age*12 + .02)      # an age is kept to a thousandth of a year
+    if not months: return f'newborn {noun}'
+    return f'{int(age)}-year-old {noun}' if age >= 2 else f'{months}-month-old {noun}'
 
-# %% ../nbs/04_patients.ipynb #0035
+# %% ../nbs/04_patients.ipynb #0036
 def phrase(label: str) -> str:
     "A finding's name as it stands inside a sentence: 'Seizure' becomes 'seizure', 'EEG abnormality' and '2-3 toe syndactyly' stay."
     return re.sub(r'(?:^|(?<=/))[A-Z](?=[a-z])', lambda m: m[0].lower(), label)
@@ -160,7 +161,7 @@ def listing(words: Sequence[str]) -> str:
     "'a', 'a and b', 'a, b and c'."
     return ' and '.join(filter(None, [', '.join(words[:-1]), *words[-1:]]))
 
-# %% ../nbs/04_patients.ipynb #0038
+# %% ../nbs/04_patients.ipynb #0039
 FACIAL_IN_NOTE = 0.15                                            # chance of a facial finding to be mentioned
 NOTE_CHARS = {'brief': 170, 'clinic': 450, 'long': 1200}         # characters for the findings of a note
 NEGATIONS = {'brief': 1, 'clinic': 2, 'long': 3}                 # absent findings a note mentions at most
@@ -169,7 +170,7 @@ def case_rng(seed: int, case_id: str) -> np.random.Generator:
     "A generator that depends on the seed and the case, not on the other cases or their order."
     return np.random.default_rng([seed, zlib.crc32(case_id.encode())])
 
-# %% ../nbs/04_patients.ipynb #0040
+# %% ../nbs/04_patients.ipynb #0041
 def choose_for_note(
     case: Case,
     ontology: Ontology,
@@ -186,7 +187,7 @@ def choose_for_note(
     room = np.cumsum([len(f.label) + 2 for f in told]) <= NOTE_CHARS[style]
     return [f for f, fits in zip(told, room) if fits][:max_findings] or told[:1], absent[:NEGATIONS[style]]
 
-# %% ../nbs/04_patients.ipynb #0044
+# %% ../nbs/04_patients.ipynb #0045
 FRAMES = {
     'brief': (('{A} with {all}.', ' No {no}.'), ('{Who}: {all}.', ' {No} absent.'), ('{A} has {all}.', ' There is no {no}.'),
               ('Findings in {a}: {all}.', ' Not found: {no}.')),
@@ -201,7 +202,7 @@ IDLE = ('Seen with the family.', 'Records are incomplete.', 'Earlier reports wer
         'The family was informed about further tests.', 'Medication was left unchanged.', 'The referral was received by post.')
 HEDGES = ('possible', 'probable', 'reported')
 
-# %% ../nbs/04_patients.ipynb #0045
+# %% ../nbs/04_patients.ipynb #0046
 def say(
     who: str,                    # from `describe`
     present: Sequence[str],      # phrases
@@ -216,6 +217,7 @@ def say(
     if style == 'long': present = [f'{rng.choice(HEDGES)} {p}' if rng.random() < noise/2 else p for p in present]
     half = max(1, (len(present) + 1)//2) if style != 'brief' else len(present)
     if len(present) == 1: frame = FRAMES['brief'][0][0]
+    if not present: frame = '{A}.'
     a = ('an ' if re.match(r'8|11-|18-|[aeiou]', who) else 'a ') + who
     up = lambda s: s[:1].upper() + s[1:]
     text = frame.format(A=up(a), a=a, Who=up(who), all=listing(present), first=listing(present[:half]), rest=listing(present[half:]))
@@ -223,7 +225,7 @@ def say(
     idle = [s for s in rng.permutation(IDLE)[:most] if rng.random() < noise*chance]
     return ' '.join([text, *idle])
 
-# %% ../nbs/04_patients.ipynb #0048
+# %% ../nbs/04_patients.ipynb #0049
 def view_of(
     finding: Finding,
     written: bool,        # does the note say it?
@@ -233,7 +235,7 @@ def view_of(
     face = ontology.is_facial(finding.id) and not finding.excluded
     return ('both' if written else 'portrait') if face else ('note' if written else 'record')
 
-# %% ../nbs/04_patients.ipynb #0050
+# %% ../nbs/04_patients.ipynb #0051
 def add_note(
     case: Case,
     ontology: Ontology,
@@ -251,7 +253,7 @@ def add_note(
     note = say(describe(case.sex, case.age), has, lacks, style, noise, case_rng(seed + 1, case.id))
     return replace(case, note=note, phenotypes=tuple(f for f in marked if keep or f.view != 'record'))
 
-# %% ../nbs/04_patients.ipynb #0054
+# %% ../nbs/04_patients.ipynb #0055
 def write_note(
     case: Case, ontology: Ontology,
     style: str = 'brief', max_findings: int = 8, noise: float = 0.25, seed: int = 0,   # as in `add_note`
@@ -259,7 +261,7 @@ def write_note(
     "The text that `add_note` would write."
     return add_note(replace(case, note=''), ontology, style, max_findings, noise, seed).note
 
-# %% ../nbs/04_patients.ipynb #0058
+# %% ../nbs/04_patients.ipynb #0059
 SHARES = {'train': .6, 'calibration': .1, 'validation': .1, 'test': .2}    # of the rest, for splits of size 0
 
 def split_sizes(
@@ -272,7 +274,7 @@ def split_sizes(
     share = {s: SHARES.get(s, .1) for s, v in sizes.items() if not v}
     return {s: v or int((n - fixed)*share[s]/sum(share.values())) for s, v in sizes.items()}
 
-# %% ../nbs/04_patients.ipynb #0061
+# %% ../nbs/04_patients.ipynb #0062
 def fair_share(
     counts: dict[str, int],   # cases there are, per class
     total: int,               # cases wanted over all classes
@@ -284,7 +286,7 @@ def fair_share(
         left -= out[c]
     return out
 
-# %% ../nbs/04_patients.ipynb #0064
+# %% ../nbs/04_patients.ipynb #0065
 def _best_split(
     group: Counter,                 # cases of the group, per class
     target: dict[str, Counter],     # cases wanted, per split and class
@@ -298,7 +300,7 @@ def _best_split(
     short = {s: 1 - have[s].total()/(target[s].total() or 1) if target[s].total() else -1. for s in target}
     return max(target, key=lambda s: (need[s], short[s]))
 
-# %% ../nbs/04_patients.ipynb #0067
+# %% ../nbs/04_patients.ipynb #0068
 def _trim(cases: list[Case], n: int, cls, rng: np.random.Generator) -> list[Case]:
     "Keep `n` cases, as evenly over the classes as possible."
     seen, keyed = Counter(), []
@@ -306,7 +308,7 @@ def _trim(cases: list[Case], n: int, cls, rng: np.random.Generator) -> list[Case
         seen[cls(cases[i])] += 1; keyed.append((seen[cls(cases[i])], len(keyed), i))
     return [cases[i] for _, _, i in sorted(keyed)[:n]]
 
-# %% ../nbs/04_patients.ipynb #0070
+# %% ../nbs/04_patients.ipynb #0071
 def split_by_group(
     cases: Sequence[Case],
     sizes: dict[str, int],     # cases per split, 0 for a share of the rest; the first is the training split
@@ -326,7 +328,7 @@ def split_by_group(
     split = {c.id: s for s in sizes for c in _trim(members[s], sizes[s], cls, rng)}
     return [replace(c, split=split[c.id]) for c in cases if c.id in split]
 
-# %% ../nbs/04_patients.ipynb #0074
+# %% ../nbs/04_patients.ipynb #0075
 def check_splits(cases: Iterable[Case]) -> None:
     "Raise an `InputError` if a group is on two sides, or two cases have one id."
     side, ids = {}, set()
@@ -337,7 +339,7 @@ def check_splits(cases: Iterable[Case]) -> None:
             raise InputError(f'the group is in two splits, {side[c.group or c.id]} and {c.split}', record=c.group or c.id, field='group',
                              hint='split by publication or patient, as split_by_group does')
 
-# %% ../nbs/04_patients.ipynb #0077
+# %% ../nbs/04_patients.ipynb #0078
 def simulate_patient(
     disease_id: str,
     case_id: str,
@@ -357,7 +359,7 @@ def simulate_patient(
     labels = {'disease': disease_id, 'disease_name': ontology.diseases[disease_id]} | ({'gene': genes[0][1]} if genes else {})
     return Case(case_id, sex=sex, age=age, labels=labels, phenotypes=tuple(Finding(t, ontology.label(t), t in absent) for t in present + absent))
 
-# %% ../nbs/04_patients.ipynb #0079
+# %% ../nbs/04_patients.ipynb #0080
 def simulate_cohort(
     ontology: Ontology,
     params: CohortParams,
@@ -377,11 +379,11 @@ def simulate_cohort(
                               params.note_noise, params.seed, keep=False))
     return split_by_group(cases, {s: n for s, n in sizes.items() if n}, params.seed), catalogue
 
-# %% ../nbs/04_patients.ipynb #0085
+# %% ../nbs/04_patients.ipynb #0086
 class InputWarning(InputError):
     "Something was corrected or left out, and the record can be used; everything that can not is a plain `InputError`."
 
-# %% ../nbs/04_patients.ipynb #0086
+# %% ../nbs/04_patients.ipynb #0087
 MAX_ENTRY = 2**28     # bytes of one unpacked entry: a zip of a few kilobytes may announce a terabyte
 
 def check_archive(archive: zipfile.ZipFile, path: Path) -> None:
@@ -392,7 +394,7 @@ def check_archive(archive: zipfile.ZipFile, path: Path) -> None:
             raise InputError('an entry points outside the archive; nothing was read', file=path, record=name)
         if info.file_size > MAX_ENTRY: raise InputError(f'an entry has {info.file_size} bytes; nothing was read', file=path, record=name, hint=f'{MAX_ENTRY} are the most')
 
-# %% ../nbs/04_patients.ipynb #0090
+# %% ../nbs/04_patients.ipynb #0091
 def _zip_entries(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as z:
@@ -402,7 +404,7 @@ def _zip_entries(path: Path) -> Iterator[tuple[str, bytes]]:
     except InputError: raise
     except Exception as e: raise InputError(f'is not a readable zip: {printable(e)}', file=path) from e    # damage makes zipfile and its decompressors raise anything
 
-# %% ../nbs/04_patients.ipynb #0091
+# %% ../nbs/04_patients.ipynb #0092
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     opener = gzip.open if path.suffix == '.gz' else open
     try:
@@ -411,7 +413,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 if line.strip(): yield f'{path.name}, line {i}', line
     except (OSError, EOFError, zlib.error) as e: raise InputError(f'cannot be read: {e}', file=path) from e
 
-# %% ../nbs/04_patients.ipynb #0092
+# %% ../nbs/04_patients.ipynb #0093
 def documents(
     path: Path | str,    # a .json file, a folder of them, a .zip of them, or .jsonl (also .jsonl.gz)
 ) -> Iterator[tuple[str, Any]]:   # where it stands, and the object (an `InputError` if it cannot be read)
@@ -431,7 +433,7 @@ def documents(
         if not isinstance(obj, (dict, InputError)): obj = InputError('is not a JSON object', file=place)
         yield place, obj
 
-# %% ../nbs/04_patients.ipynb #0095
+# %% ../nbs/04_patients.ipynb #0096
 ONSETS = {'HP:0003577': 0.0, 'HP:0003623': 0.05, 'HP:0003593': 0.5, 'HP:0011463': 4.0, 'HP:0003621': 10.0, 'HP:0003581': 30.0,
           'HP:0011462': 30.0, 'HP:0003596': 50.0, 'HP:0003584': 70.0}     # years, about the middle of each period
 OLDEST = 130     # years
@@ -453,13 +455,13 @@ def age_in_years(
     if not age < OLDEST: raise InputError(f'{printable(text, 40)!r} is no age of a person', field='subject.timeAtLastEncounter', hint="for example 'P4Y6M'")
     return age
 
-# %% ../nbs/04_patients.ipynb #0098
+# %% ../nbs/04_patients.ipynb #0099
 def _listed(obj: Any, key: str) -> list:
     "The objects of a list field; anything malformed counts as absent."
     v = obj.get(key) if isinstance(obj, dict) else None
     return [x for x in v if isinstance(x, dict)] if isinstance(v, list) else []
 
-# %% ../nbs/04_patients.ipynb #0099
+# %% ../nbs/04_patients.ipynb #0100
 def _resolve_term(raw: Any, ontology: Ontology, place: dict, strict: bool) -> tuple[Optional[str], Optional[InputWarning]]:
     "Current id of a term as written, and what there is to say about it."
     id, how = ontology.resolve(str(raw))
@@ -470,7 +472,7 @@ def _resolve_term(raw: Any, ontology: Ontology, place: dict, strict: bool) -> tu
     if not is_phenotype(ontology, id): return None, InputWarning(f'{id} ({ontology.label(id)}) is not a phenotypic abnormality; left out', **place)
     return id, InputWarning(f'{printable(raw, 40)} is obsolete; read as {id} ({ontology.label(id)})', **place) if how == 'obsolete' else None
 
-# %% ../nbs/04_patients.ipynb #0100
+# %% ../nbs/04_patients.ipynb #0101
 def read_findings(
     terms: Iterable[tuple[Any, bool]],   # id as written, and whether it is excluded
     ontology: Ontology,
@@ -486,7 +488,7 @@ def read_findings(
     view = lambda id, ex: 'portrait' if ontology.is_facial(id) and not ex else 'record'
     return tuple(Finding(id, ontology.label(id), ex, view(id, ex)) for id, ex in found.items()), problems
 
-# %% ../nbs/04_patients.ipynb #0103
+# %% ../nbs/04_patients.ipynb #0104
 def _labels(obj: dict) -> dict:
     "Diagnosis and gene of a phenopacket, as far as stated."
     diagnoses = [i['diagnosis'] for i in _listed(obj, 'interpretations') if isinstance(i.get('diagnosis'), dict)]
@@ -496,13 +498,21 @@ def _labels(obj: dict) -> dict:
     gene = re.search(r'"geneContext": \{[^{}]*"symbol": "([^"]+)"', text)
     return {k: str(v) for k, v in (('disease', term.get('id')), ('disease_name', term.get('label')), ('gene', gene and gene[1])) if v}
 
-# %% ../nbs/04_patients.ipynb #0104
+# %% ../nbs/04_patients.ipynb #0105
+def publication_id(
+    text: str,
+    bare: bool = False,   # a number alone is a PubMed id
+) -> str:                 # 'PMID:28239884' for a PubMed id in any usual form, else the text
+    "One form for a publication, so that its cases stay on one side and annotations from it are recognised."
+    m = re.fullmatch(r'(pmid[:_\s-]*|(?:https?://)?(?:www\.)?(?:pubmed\.ncbi\.nlm\.nih\.gov|ncbi\.nlm\.nih\.gov/pubmed)/)?(\d{1,9})/?', text.strip(), flags=re.I)
+    return f'PMID:{m[2]}' if m and (m[1] or bare) else text.strip()
+
 def _publication(obj: dict) -> str:
     "First PubMed id among the external references, or the first reference, or nothing."
-    ids = [str(r['id']) for r in _listed(obj.get('metaData'), 'externalReferences') if r.get('id')]
-    return next((i for i in ids if i.upper().startswith('PMID')), ids[0] if ids else '')
+    ids = [publication_id(str(r['id'])) for r in _listed(obj.get('metaData'), 'externalReferences') if r.get('id')]
+    return next((i for i in ids if i.startswith('PMID')), ids[0] if ids else '')
 
-# %% ../nbs/04_patients.ipynb #0105
+# %% ../nbs/04_patients.ipynb #0107
 def parse_phenopacket(
     obj: dict,              # a phenopacket, version 2
     ontology: Ontology,
@@ -527,7 +537,7 @@ def parse_phenopacket(
     return Case(case_id, phenotypes=found, age=age, sex={'FEMALE': 'female', 'MALE': 'male'}.get(str(subject.get('sex'))),
                 labels=_labels(obj) if labels else {}, group=_publication(obj) or case_id), problems
 
-# %% ../nbs/04_patients.ipynb #0109
+# %% ../nbs/04_patients.ipynb #0111
 NOTE_FIELDS = {'id': ('id', 'phenopacket_id', 'case_id'), 'note': ('note', 'clinical_note'), 'disease': ('disease_id', 'omim_id'),
                'disease_name': ('disease', 'disease_name'), 'gene': ('gene',), 'group': ('group', 'pmid_norm', 'pmid')}
 
@@ -538,6 +548,7 @@ def parse_note(
     "One patient from a plain note or a list of terms; without an id it is called after its place in the file."
     get = {k: next((str(obj[n]).strip() for n in names if obj.get(n) not in (None, '')), '') for k, names in NOTE_FIELDS.items()}
     get['id'] = get['id'] or re.sub(r'\W+', '-', file)
+    get['group'] = publication_id(get['group'], bare=obj.get('group') in (None, ''))
     place = {'file': file, 'record': get['id']}
     terms = obj.get('phenotypes') or []
     if not get['note'] and not terms: raise InputError("a plain record needs a 'note' or 'phenotypes'", **place, field='note')
@@ -552,7 +563,7 @@ def parse_note(
     elif not found: raise InputError('has no usable phenotype' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypes')
     return Case(get['id'], note=get['note'], sex=sex, age=age, phenotypes=found, labels=known, group=get['group'] or get['id']), problems
 
-# %% ../nbs/04_patients.ipynb #0112
+# %% ../nbs/04_patients.ipynb #0114
 def load_phenopackets(
     path: Path | str,           # .json, folder, .zip, .jsonl or .jsonl.gz
     ontology: Ontology,
@@ -576,7 +587,7 @@ def load_phenopackets(
     if not cases and not problems: raise InputError('holds no cases', file=path, hint='phenopackets end in .json')
     return list(cases.values()), problems
 
-# %% ../nbs/04_patients.ipynb #0121
+# %% ../nbs/04_patients.ipynb #0123
 def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, strict: bool, labels: bool) -> tuple[Case, list[InputWarning]]:
     "A case from a row of the metadata table."
     terms = [(t, ex) for k, ex in (('present_features', False), ('absent_features', True)) for t in re.findall(r'HP:\d+', row.get(k, ''))]
@@ -586,24 +597,25 @@ def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, 
     found, problems = read_findings(terms, ontology, place, strict)
     if crop is None: problems.append(InputWarning('the crop is missing', **place, field='image_id'))
     if crop is None and not any(not f.excluded for f in found): raise InputError('has neither findings nor a crop', **place)
-    number = lambda k: float(row[k]) if re.fullmatch(r'\d{1,3}(\.\d{1,9})?', row.get(k, '')) else 0.
-    known = any(row.get(k, '').strip() for k in ('age_year', 'age_month'))
+    written = [row.get(k, '').strip() for k in ('age_year', 'age_month')]
+    known = any(written) and all(re.fullmatch(r'\d{1,3}(\.\d{1,9})?', w or '0') for w in written)
     omim, own = re.findall(r'\d{6}', row.get('omim_ids', '')), row.get('internal_syndrome_id', '')
-    disease = f'OMIM:{omim[0]}' if omim else f'GMDB:{own}' if own else None
+    disease = f'OMIM:{min(omim)}' if omim else f'GMDB:{own}' if own else None
     name = row.get('internal_syndrome_name') or row.get('disorder_names')
     told = {k: v for k, v in (('disease', disease), ('disease_name', name)) if v and labels}
-    age = number('age_year') + number('age_month')/12 if known else None
+    age = float(written[0] or 0) + float(written[1] or 0)/12 if known else None
+    if any(written) and not known: problems.append(InputWarning('is not readable; the age is left out', **place, field='age_year'))
     if age is not None and age >= OLDEST: age = None; problems.append(InputWarning('is no age of a person; left out', **place, field='age_year'))
     sex = {'f': 'female', 'm': 'male'}.get(row.get('gender', '')[:1].lower())
     return Case(f"GMDB-{row['image_id']}", image=str(crop.resolve()) if crop else None, phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
                 labels=told), problems
 
-# %% ../nbs/04_patients.ipynb #0122
+# %% ../nbs/04_patients.ipynb #0124
 def gmdb_table(folder: Path | str) -> Optional[Path]:
     "The metadata table of a GMDB download, if the folder is one."
     return next(iter(sorted(Path(folder).rglob('*metadata*.tsv'))), None)
 
-# %% ../nbs/04_patients.ipynb #0124
+# %% ../nbs/04_patients.ipynb #0126
 def load_gmdb(
     folder: Path | str,   # holds `*metadata*.tsv` and, anywhere below, crops `{image_id}_aligned.jpg`
     ontology: Ontology,
@@ -628,7 +640,7 @@ def load_gmdb(
         cases.append(case); problems += found; taken.add(case.id)
     return cases, problems
 
-# %% ../nbs/04_patients.ipynb #0129
+# %% ../nbs/04_patients.ipynb #0131
 def load_cases(
     path: Path | str,      # any source described above
     ontology: Ontology,
@@ -639,7 +651,7 @@ def load_cases(
     if Path(path).is_dir() and gmdb_table(path): return load_gmdb(path, ontology, on_error, labels)
     return load_phenopackets(path, ontology, on_error, labels)
 
-# %% ../nbs/04_patients.ipynb #0132
+# %% ../nbs/04_patients.ipynb #0134
 def answer_table(
     cases: Sequence[Case],
     label: str = 'disease',   # key of `Case.labels`
@@ -651,7 +663,7 @@ def answer_table(
     usual = t.name.agg(lambda n: Counter(n).most_common(1)[0][0])
     return pd.DataFrame({'name': usual, 'cases': t.size(), 'groups': t.group.nunique(), 'with_face': t.face.mean(), 'facial': t.facial.mean()})
 
-# %% ../nbs/04_patients.ipynb #0135
+# %% ../nbs/04_patients.ipynb #0137
 def catalogue_of_cases(
     answers: pd.DataFrame,     # from `answer_table`, the chosen rows
     ontology: Ontology,
@@ -665,7 +677,7 @@ def catalogue_of_cases(
     other = {a: [n for n in dict.fromkeys([answers.name[a], *(ontology.disease_synonyms(a) if a in known else ())]) if n != names[a]] for a in names}
     return Catalogue(names, other)
 
-# %% ../nbs/04_patients.ipynb #0138
+# %% ../nbs/04_patients.ipynb #0140
 def choose_answers(
     cases: Sequence[Case],
     ontology: Optional[Ontology],   # None: the answers are no diseases
@@ -684,7 +696,7 @@ def choose_answers(
     order = enough.assign(known=known).sample(frac=1, random_state=params.seed).sort_values('known', ascending=False, kind='stable')
     return order.head(params.diseases or len(order)).drop(columns='known').sort_values('name')
 
-# %% ../nbs/04_patients.ipynb #0140
+# %% ../nbs/04_patients.ipynb #0142
 def select_cases(
     cases: Sequence[Case],
     answers: pd.DataFrame,
@@ -695,7 +707,7 @@ def select_cases(
     mine = [c for c in cases if c.labels.get(label) in answers.index]
     return split_by_group(mine, {s: getattr(params, s) for s in SHARES if s != 'test' or not params.test_source}, params.seed, label)
 
-# %% ../nbs/04_patients.ipynb #0143
+# %% ../nbs/04_patients.ipynb #0145
 def outside_test(
     cases: Sequence[Case],     # of the first source
     outside: Sequence[Case],   # of the other
@@ -711,7 +723,7 @@ def outside_test(
     left = [c for c in cases if c.group not in groups and c.id not in ids]
     return left, [c for c in test if any(l.labels.get(label) == c.labels[label] for l in left)]
 
-# %% ../nbs/04_patients.ipynb #0148
+# %% ../nbs/04_patients.ipynb #0150
 def hide_labels(
     cases: Sequence[Case],
     share: float,        # of training cases that keep their labels
@@ -724,19 +736,19 @@ def hide_labels(
     hidden = {c.id for c in train} - kept
     return [replace(c, labels={}) if c.id in hidden else c for c in cases], {c.id: c.labels for c in cases if c.id in hidden}
 
-# %% ../nbs/04_patients.ipynb #0151
+# %% ../nbs/04_patients.ipynb #0153
 def names_answer(case: Case) -> bool:
     "Does the note name the case's own disease or gene?"
     text = f' {normalise(case.note)} '
     return any(f' {normalise(case.labels[k])} ' in text for k in ('disease_name', 'gene') if case.labels.get(k))
 
-# %% ../nbs/04_patients.ipynb #0154
+# %% ../nbs/04_patients.ipynb #0156
 def file_name(case_id: str) -> str:
     "A case id as a file name: anything unusual is replaced, and a digest keeps such names apart."
     plain = re.sub(r'[^\w.-]', '_', case_id).strip('.')
     return plain if plain == case_id and len(plain) < 100 else f'{plain[:80]}-{digest(case_id)[:8]}'
 
-# %% ../nbs/04_patients.ipynb #0156
+# %% ../nbs/04_patients.ipynb #0158
 def use_embeddings(
     cases: Sequence[Case],
     table: Path | str,    # Parquet: case_id, e0, e1, ...
@@ -756,7 +768,7 @@ def use_embeddings(
         out.append(replace(c, image=f'images/{file_name(c.id)}.npy' if c.id in rows else None))
     return out
 
-# %% ../nbs/04_patients.ipynb #0159
+# %% ../nbs/04_patients.ipynb #0161
 def cohort_card(
     cases: Sequence[Case],
     catalogue: Catalogue,
@@ -775,7 +787,7 @@ def cohort_card(
     return {'cases': len(cases), 'groups': t.group.nunique(), 'splits': splits, 'characters_per_note': round(t.characters.mean(), 1), 'warnings': warn,
             'answers': [dict(id=a, name=catalogue.names[a], **{s: int(n) for s, n in per.loc[a].items()}) for a in catalogue.ids]}
 
-# %% ../nbs/04_patients.ipynb #0160
+# %% ../nbs/04_patients.ipynb #0162
 def describe_cohort(
     card: dict,   # from `cohort_card`, with the facts about the source added
 ) -> str:

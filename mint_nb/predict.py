@@ -124,5 +124,5 @@ def predict_cases(
     kind = f'{method}, seed {seed}' + (f', student {run.params.student.model}, adapter {file_digest(adapter)}' if adapter.exists() else '')
     header = {'model': kind, 'run': run.path.name, 'cohort': 'real cases' if run.params.cohort.source else 'SIMULATED cases', 'answers': len(catalogue),
               'versions': ', '.join(f'{k} {v}' for k, v in versions().items())}
-    write_predictions(out, rankings, found, catalogue, ontology, header, label, problems)
+    write_predictions(out, rankings, found if task.view == 'image' else with_findings(found), catalogue, ontology, header, label, problems)
     return [p for p in problems if not isinstance(p, InputWarning)]

@@ -589,7 +589,7 @@ def headline(
 
 # %% ../nbs/50_report.ipynb #0097
 CAPTIONS = {
-    'accuracy': 'How often the true answer is named first, among the first five, among the first ten. Dots are means, lines 95 % intervals from resampling groups; the dashed line is chance. A method that lists five names cannot gain from the sixth on.',
+    'accuracy': 'How often the true answer is named first, among the first five, among the first ten. Dots are means, lines 95 % intervals from resampling groups; the dashed line is chance. Students write as many names as their training lists have (k, four by default) and gain nothing beyond them; teacher, search and chance are shown with ten.',
     'agreement': "Agreement with the multimodal teacher: names taken from the head of its ranking (coverage) and names not taken from its tail (avoidance). Grey curves join points of equal CAR. The teacher agrees with itself by definition.",
     'differences': 'Paired differences on the same cases, with 95 % intervals. To the right of zero the first-named method is better; a filled dot marks an interval that leaves zero out.',
     'training': 'Training: thin lines are single updates, thick lines running means. Losses of different methods are on different scales.',

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .cohort import cohort_catalogue
 from .core import Run, read_json, versions
-from .tasks import get_task
+from .tasks import get_task, list_sizes
 
 # %% ../nbs/51_reporting.ipynb #0007
 def said_of_data(run: Run) -> dict[str, str]:   # question to answer
@@ -23,11 +23,11 @@ def said_of_data(run: Run) -> dict[str, str]:   # question to answer
     card, p = read_json(run/'cases/card.json'), run.params.cohort
     sizes = '; '.join(f"{s} {d['cases']} from {d['groups']} groups" for s, d in card['splits'].items())
     made = 'simulated from published morphology; not patients' if run.params.task == 'tissue' else 'simulated from the annotations of the Human Phenotype Ontology; not patients'
-    source = f"{Path(p.source).name}, {card.get('read', '?')} cases read" if p.source else made
+    source = f"{Path(p.source).name}, {card.get('read', '?')} cases read" + (f'; test cases from {Path(p.test_source).name}' if p.test_source else '') if p.source else made
     return {'Source of the cases': source + (f". HPO {card['hpo']}" if card.get('hpo') else ''),
             'Eligibility': f'answers with at least {p.min_cases} cases from {p.min_groups} groups (publication, family, patient or slide)' if p.source else f'{len(cohort_catalogue(run))} answers, cases drawn by seed {p.seed}',
             'Splits and sizes': f'{sizes}. No group is on two sides',
-            'Lost and corrected records': f"{card.get('lost', 0)} lost, {card.get('corrected', 0)} corrected; each is named in cases/card.json",
+            'Lost and corrected records': f"{card.get('lost', 0)} lost, {card.get('corrected', 0)} corrected; cases/card.json names them, the first 50 of each",
             'Input of the student': f"the note alone, {card.get('characters_per_note', 0):.0f} characters on average" if run.params.task != 'tissue' else 'the image alone',
             'Outcome': f'{get_task(run.params.task).label}, one of a closed list of {len(cohort_catalogue(run))}; an answer counts if it resolves to the same identifier'}
 
@@ -35,10 +35,11 @@ def said_of_data(run: Run) -> dict[str, str]:   # question to answer
 def said_of_models(run: Run) -> dict[str, str]:
     "Base model, training, prompt, decoding, software."
     s, t, p = run.params.student, run.params.train, run.params
-    prompt = get_task(p.task).prompt('<the case>', p.pairs.k)
+    k, q = list_sizes(len(cohort_catalogue(run)), p.pairs.k, p.pairs.q)
+    prompt = get_task(p.task).prompt('<the case>', k)
     made = [e for e in run.manifest if e['status'] == 'done']
     return {'Base model': f'{s.model}, fine-tuned with a low-rank adapter (rank {s.lora_r}, alpha {s.lora_alpha})',
-            'Training': f'rate {t.lr:g}, {t.epochs:g} epochs, batches of {t.batch}, beta {t.beta:g}; lists of k = {p.pairs.k} and q = {p.pairs.q} from the teacher',
+            'Training': f'rate {t.lr:g}, {t.epochs:g} epochs, batches of {t.batch}, beta {t.beta:g}; lists of k = {k} and q = {q} from the teacher',
             'Prompt': ' / '.join(f"{m['role']}: {' '.join(m['content'].split())}" for m in prompt),
             'Decoding': f'greedy, at most {p.predict.max_new_tokens} tokens',
             'Comparators': ', '.join(p.methods),

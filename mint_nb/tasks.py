@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'PROTOCOLS', 'Finding', 'Case', 'write_cases', 'read_cases', 'normalise',
-           'Resolved', 'name_tables', 'Catalogue', 'list_sizes', 'Task', 'get_task', 'make_rankings',
+           'Resolved', 'name_tables', 'Catalogue', 'may_be_misspelt', 'list_sizes', 'Task', 'get_task', 'make_rankings',
            'rankings_from_scores', 'Ranker', 'ChanceRanker', 'MethodName', 'method_name']
 
 # %% ../nbs/02_tasks.ipynb #0003
@@ -123,13 +123,18 @@ class Catalogue:
         return cls(**obj)
 
 # %% ../nbs/02_tasks.ipynb #0019
+def may_be_misspelt(a: str, b: str) -> bool:
+    "Can two similar names be one? Not if they differ in a number, the letter of a type, hypo and hyper, a short word, or in how a word begins."
+    marks = lambda s: re.findall(r'\b(?:\w*\d\w*|[ivx]+[a-z]?|[a-z])\b', s) + re.findall(r'\bhyp(?:o|er)', s)
+    x, y = a.split(), b.split()
+    return marks(a) == marks(b) and (len(x) != len(y) or all(p == q or p[0] == q[0] and min(len(p), len(q)) > 4 for p, q in zip(x, y)))
+
 @patch
 def _look_up(self: Catalogue, n: str) -> Resolved:
     if n in self._exact: return Resolved(self._exact[n], 'exact', 1.0)
     if n in self._synonym: return Resolved(self._synonym[n], 'synonym', 1.0)
-    numbers = lambda s: re.findall(r'\b(?:\d+\w*|[ivx]+|[a-z])\b', s)
     for found, score, _ in process.extract(n, self._fuzzy, scorer=fuzz.ratio, limit=5, score_cutoff=100*self.threshold) if n else ():
-        if numbers(found) == numbers(n): return Resolved(self._exact.get(found) or self._synonym[found], 'fuzzy', score/100)
+        if may_be_misspelt(n, found): return Resolved(self._exact.get(found) or self._synonym[found], 'fuzzy', score/100)
     return Resolved(None, 'none', 0.0)
 
 @patch
@@ -141,7 +146,7 @@ def resolve(self: Catalogue,
     if n not in self._memo: self._memo[n] = self._look_up(n)
     return self._memo[n]
 
-# %% ../nbs/02_tasks.ipynb #0024
+# %% ../nbs/02_tasks.ipynb #0026
 def list_sizes(
     n: int,       # answers in the catalogue
     k: int,       # wished length of the chosen list
@@ -156,7 +161,7 @@ def list_sizes(
         raise InputError(f'k + q = {k + q} exceeds two thirds of the {n} answers', field='pairs.k, pairs.q', hint='take shorter lists or more answers')
     return k, q
 
-# %% ../nbs/02_tasks.ipynb #0027
+# %% ../nbs/02_tasks.ipynb #0029
 @dataclass(frozen=True)
 class Task:
     "Which view the student sees, which label counts, and how prompts and answers are written."
@@ -181,7 +186,7 @@ class Task:
         return [{'role': 'system', 'content': system.format(k=k, names=', '.join(names))},
                 {'role': 'user', 'content': f'{ask}List the {k} most likely {self.noun}.'}]
 
-# %% ../nbs/02_tasks.ipynb #0028
+# %% ../nbs/02_tasks.ipynb #0030
 @patch
 def answer(self: Task,
     names: Sequence[str],   # most likely first
@@ -191,7 +196,7 @@ def answer(self: Task,
 
 
 
-# %% ../nbs/02_tasks.ipynb #0029
+# %% ../nbs/02_tasks.ipynb #0031
 TASKS = {t.name: t for t in (
     Task('disease', 'note', 'disease', 'POTENTIAL_DISEASES:', 'You are a genetic counselor. Answer with a numbered list.',
          'You are a genetic counselor. Read the clinical note and name EXACTLY {k} potential rare diseases, most likely first. '
@@ -208,7 +213,7 @@ def get_task(name: str) -> Task:
     if name not in TASKS: raise InputError(f'there is no such task; there are {", ".join(TASKS)}', field='task', record=name)
     return TASKS[name]
 
-# %% ../nbs/02_tasks.ipynb #0032
+# %% ../nbs/02_tasks.ipynb #0034
 Rankings: TypeAlias = pd.DataFrame
 RANKING_COLUMNS = ('case_id', 'rank', 'answer_id', 'written', 'score', 'prob')
 
@@ -224,7 +229,7 @@ def make_rankings(
         raise InputError('two answers have the same rank', record=bad.case_id, field=f'rank {bad["rank"]}')
     return t.sort_values(['case_id', 'rank'], kind='stable', ignore_index=True)
 
-# %% ../nbs/02_tasks.ipynb #0034
+# %% ../nbs/02_tasks.ipynb #0036
 def rankings_from_scores(
     case_ids: Sequence[str],       # n cases
     scores: np.ndarray,            # (n, N); higher is more likely, -inf excludes
@@ -247,7 +252,7 @@ def rankings_from_scores(
                      prob=None if p is None else p[j]) for r in keep for j in [order[r]]]
     return make_rankings(out)
 
-# %% ../nbs/02_tasks.ipynb #0037
+# %% ../nbs/02_tasks.ipynb #0039
 @runtime_checkable
 class Ranker(Protocol):
     "Anything that answers: teacher, language model, retrieval, classifier, chance."
@@ -265,7 +270,7 @@ class ChanceRanker:
         scores = np.array([np.random.default_rng([self.seed, crc32(c.id.encode())]).random(len(self.catalogue)) for c in cases]).reshape(len(cases), len(self.catalogue))
         return rankings_from_scores([c.id for c in cases], scores, self.catalogue, top, bottom)
 
-# %% ../nbs/02_tasks.ipynb #0040
+# %% ../nbs/02_tasks.ipynb #0042
 PROTOCOLS = {'rag': 'RAG', 'cot': 'CoT', 'rag_cot': 'RAG-driven CoT', 'cot_rag': 'CoT-driven RAG'}
 
 class MethodName(NamedTuple):

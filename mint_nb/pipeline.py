@@ -109,7 +109,7 @@ def work_seconds(
         if get_task(p.task).view == 'image':
             patches = (p.cohort.image_size//t.patch)**2/64
             return v['draw']*t.pretrain + v['tile']*size*patches*(t.pretrain*t.pretrain_epochs + p.cohort.train*t.folds*(t.epochs + t.tune_epochs))
-        return size*(v['teacher']*t.members*t.epochs*p.cohort.train*t.folds + v['face']*t.pretrain*t.pretrain_epochs)   # each fold trains on the others, then all
+        return size*(2*v['teacher']*t.members*t.epochs*p.cohort.train*t.folds + v['face']*t.pretrain*t.pretrain_epochs)   # each fold trains on the others, then all; twice, for the teacher of notes
     if step.values.get('method') == 'warmup':
         see = v['words']*(p.vision.hidden/128)*(p.vision.layers/4)*(p.vision.size//p.vision.patch)**2/64*p.vision.word_epochs
         return p.cohort.train*(see + p.vision.epochs*p.student.max_prompt/v['train']/faster)

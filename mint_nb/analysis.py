@@ -119,11 +119,12 @@ def _results_section(run: Run, tables: dict, footer: str) -> str:
 
 def _small_tables(run: Run, tables: dict, footer: str) -> str:
     "Subgroups and the rankers over all of OMIM."
-    simulated, out = not run.params.cohort.source, []
-    for name, t in tables['subgroups'].groupby('subgroup'):
-        out.append(table_html(results_wide(t, ('top1', 'top5', 'top10', 'car'), simulated), f'{name}: {t.n.max()} of {footer}, per cent with 95 % intervals.'))
-    text = 'Cases apart by whether the portrait shows any finding: only there can a second view add a named sign.'
-    html = section('With and without a visible sign', para(text), *out) if len(out) > 1 else ''
+    simulated, html = not run.params.cohort.source, ''
+    for what, title, text in (('portrait', 'With and without a visible sign', 'Cases apart by whether the portrait shows any finding: only there can a second view add a named sign.'),
+                              ('note', 'Notes that tell the answer', 'Notes that hold the first phrase of the diagnosis or the symbol of the gene are no test; the rows without them are those to read.')):
+        parts = [(name, t) for name, t in tables['subgroups'].groupby('subgroup') if name.startswith(what)]
+        out = [table_html(results_wide(t, ('top1', 'top5', 'top10', 'car'), simulated), f'{name}: {t.n.max()} of {footer}, per cent with 95 % intervals.') for name, t in parts]
+        if len(out) > 1: html += section(title, para(text), *out)
     if not len(tables['omim']): return html
     wide = results_wide(tables['omim'], ('top1', 'top3', 'top10', 'top50'), simulated)
     what, where = {'gene': ('all genes with a disease', 'Among all genes')}.get(run.params.task, ('all diseases of OMIM', 'Among all of OMIM'))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Callable, Optional
 
 import typer, yaml
 
-from .core import InputError, Run, atomic_path, cache_dir, nest, open_params, read_json, read_table, versions
+from .core import InputError, Run, atomic_path, cache_dir, open_params, read_json, read_table, versions
 from .pipeline import NotebookFailed, minutes, nbs_folder, run_pipeline, status as run_status
 
 # %% ../nbs/71_cli.ipynb #0006
@@ -316,7 +316,7 @@ def folds(
     "Run the tissue pipeline in grouped folds and compare the methods over all patients."
     if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
     from mint_nb.folds import IN_FOLDS, run_folds   # imports torch
-    t = run_folds(cases, out, csv, number, profile, comma_list(methods) or IN_FOLDS, seed, aside, workers, **nest(parse_sets(sets or [])))
+    t = run_folds(cases, out, csv, number, profile, comma_list(methods) or IN_FOLDS, seed, aside, workers, parse_sets(sets or []))
     typer.echo(t.round(3).to_string(index=False))
 
 # %% ../nbs/71_cli.ipynb #0043

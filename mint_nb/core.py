@@ -312,7 +312,7 @@ class CalibrateParams(Section):
     weight: float = 1.              # of the calibration loss
     distance: Literal['squared', 'kl'] = 'squared'   # of the calibration loss; squared is the paper's
     bins: int = 10
-    every: int = 60                 # updates between E-steps
+    every: int = Field(60, ge=1)    # updates between E-steps
     level: float = 0.9              # of the lists
 
 # %% ../nbs/00_core.ipynb #0046

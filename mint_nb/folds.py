@@ -12,7 +12,7 @@ from zipfile import ZipFile, ZipInfo
 
 import pandas as pd
 
-from .core import InputError, Run, atomic_path, device_name, read_table, versions
+from .core import InputError, Run, atomic_path, device_name, nest, read_table, versions
 from .dual import compare_in_folds
 from .patients import split_by_group
 from .pipeline import run_pipeline
@@ -61,10 +61,11 @@ def run_folds(
     root: Path | str,                   # of the zips and run folders; go on in it by calling again
     out: Optional[Path | str] = None,   # CSV
     folds: int = 5, profile: str = 'laptop', methods: Sequence[str] = IN_FOLDS, seed: int = 0, aside: int = 19, workers: int = 0,
-    **overrides,                        # of the recipe, a section each, for example train={'epochs': 1}
+    overrides: Optional[dict] = None,   # of the recipe, dotted names, for example {'train.epochs': 1}
 ) -> pd.DataFrame:                      # method, against, accuracy, lo, hi, diff, diff_lo, diff_hi, tiles, patients
     "Run the pipeline in grouped folds and compare the methods over all patients."
-    runs = []
+    runs, asked, overrides = [], overrides, nest(overrides or {})
+    if clash := sorted({'task', 'methods', 'seeds'} & set(overrides)): raise InputError('is an argument of its own here', field=clash[0])
     for z in fold_sources(source, root, folds, seed, aside):
         n = len(label_table(tile_files(z)['labels.csv'](), z))      # nobody is left out
         cohort = {'source': str(z.resolve()), 'train': n, 'test': n, 'calibration': aside, 'validation': aside}
@@ -72,7 +73,7 @@ def run_folds(
     scored = fold_scores(runs, methods)
     t = pd.concat([compare_in_folds(scored, a).assign(against=a) for a in ('texture', 'sft', 'mint_wrong_image', 'chance') if a in methods], ignore_index=True)
     t = t[t.method != t.against][['method', 'against', 'accuracy', 'lo', 'hi', 'diff', 'diff_lo', 'diff_hi', 'tiles', 'patients']]
-    head = f'# mint-nb folds --cases {Path(source).name} --folds {folds} --profile {Path(profile).name} --seed {seed}\n' \
+    head = f'# mint-nb folds --cases {Path(source).name} --folds {folds} --profile {Path(profile).name} --methods {",".join(methods)} --seed {seed} --aside {aside}{"".join(f" --set {k}={v}" for k, v in (asked or {}).items())}\n' \
            f'# top-1 over all folds, 95 % intervals by patient; on {device_name()}; {", ".join(f"{k} {v}" for k, v in versions().items())}\n'
     if out:
         with atomic_path(out) as tmp: tmp.write_text(head + t.round(4).to_csv(index=False))

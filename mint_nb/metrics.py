@@ -173,7 +173,7 @@ def grouped_bootstrap(
     "Mean of per-case values with an interval by resampling groups, and seeds if there are several."
     values = np.atleast_2d(np.asarray(values, float))
     (names, code), (kinds, kind) = (np.unique(np.asarray(x, dtype=str), return_inverse=True) for x in (groups, ['']*values.shape[1] if answers is None else answers))
-    table = lambda v: np.bincount(code*len(kinds) + kind, v, len(names)*len(kinds)).reshape(len(names), -1)     # (groups, answers)
+    table = lambda v: np.bincount(code*len(kinds) + kind, v, len(names)*len(kinds)).reshape(len(names), len(kinds))     # (groups, answers)
     sums, n = [table(v) for v in values], table(np.ones(values.shape[1]))
     mean = float(values.mean()) if answers is None else float(np.mean([s.sum(0)/n.sum(0) for s in sums]))
     if len(names) < 2: return mean, np.nan, np.nan

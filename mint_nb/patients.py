@@ -150,7 +150,7 @@ def describe(
     if age is None: return {'female': 'female patient', 'male': 'male patient'}.get(sex, 'patient')
     months = int(age*12 + .02)      # an age is kept to a thousandth of a year
     if not months: return f'newborn {noun}'
-    return f'{int(age)}-year-old {noun}' if age >= 2 else f'{months}-month-old {noun}'
+    return f'{months}-month-old {noun}' if months < 24 else f'{int(age + .002)}-year-old {noun}'
 
 # %% ../nbs/04_patients.ipynb #0036
 def phrase(label: str) -> str:
@@ -504,7 +504,7 @@ def publication_id(
     bare: bool = False,   # a number alone is a PubMed id
 ) -> str:                 # 'PMID:28239884' for a PubMed id in any usual form, else the text
     "One form for a publication, so that its cases stay on one side and annotations from it are recognised."
-    m = re.fullmatch(r'(pmid[:_\s-]*|(?:https?://)?(?:www\.)?(?:pubmed\.ncbi\.nlm\.nih\.gov|ncbi\.nlm\.nih\.gov/pubmed)/)?(\d{1,9})/?', text.strip(), flags=re.I)
+    m = re.fullmatch(r'(pmid[:_\s-]*|(?:https?://)?(?:www\.)?(?:pubmed\.ncbi\.nlm\.nih\.gov|ncbi\.nlm\.nih\.gov/pubmed)/)?(\d{1,9})(?:\.0)?/?(?:\s*[,;].*)?', text.strip(), flags=re.I)
     return f'PMID:{m[2]}' if m and (m[1] or bare) else text.strip()
 
 def _publication(obj: dict) -> str:
@@ -728,7 +728,7 @@ def hide_labels(
     cases: Sequence[Case],
     share: float,        # of training cases that keep their labels
     seed: int = 0,
-    label: str = 'disease',   # its values keep their shares as evenly as possible
+    label: str = 'disease',   # as many cases of each of its values as possible keep theirs
 ) -> tuple[list[Case], dict[str, dict]]:   # cases, and what was hidden by case id
     "Remove the labels of a share of the training cases."
     train = sorted((c for c in cases if c.split == 'train'), key=lambda c: c.id)

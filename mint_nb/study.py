@@ -263,13 +263,14 @@ def run_study(
 def study_cases(
     folder: Optional[Path] = None,   # of the pieces; None: the checkout's
 ) -> pd.DataFrame:                   # cohort, condition, method, seed, case_id, group, face, metric, value
-    "All scores of the finished pieces; those of a cohort must come from the same cases and the same code."
+    "All scores of the finished pieces; those that are compared must come from the same cases and parameters."
     parts, cases = [], {}
     for file in sorted((folder or results_folder()).glob('*.json')):
         facts = read_json(file)
-        if cases.setdefault((facts['cohort'], facts['condition']), facts['cases']) != facts['cases']:
+        same, mine = (facts['cohort'], facts['condition'].replace('ablation', '')), (facts['cases'], json.dumps(facts['params'], sort_keys=True))     # ablations are compared with the recipe
+        if cases.setdefault(same, mine)[0] != mine[0]:
             raise InputError('was run on other cases than the other seeds', file=file, field='cases')
-        if cases.setdefault(('code', facts['cohort']), facts['code']) != facts['code']: raise InputError('was run with other code than the others', file=file, field='code', hint=f"{facts['command']} --again")
+        if cases[same][1] != mine[1]: raise InputError('was run with other parameters than the other seeds', file=file, field='params', hint=f"{facts['command']} --again")
         parts.append(read_table(file.with_suffix('.parquet')).assign(cohort=facts['cohort']))
     if not parts: return pd.DataFrame(columns=['cohort', 'condition', 'method', 'seed', 'case_id', 'group', 'face', 'metric', 'value'])
     long = pd.concat(parts).melt(['cohort', 'condition', 'method', 'seed', 'case', 'group', 'face'], list(KEEP), 'metric', 'value').dropna(subset='value')

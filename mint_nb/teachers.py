@@ -182,7 +182,7 @@ class Teacher:
         root: Path | str = '.',       # folder that `Case.image` is relative to
         label: str = 'disease',       # key of `Case.labels`
         image_size: int = 64,         # pixels a side, unless real weights say otherwise
-        view: View = 'both',          # what it sees when it ranks; a teacher of 'note' never sees a picture, not in training either
+        view: View = 'both',          # what it sees when it ranks; a teacher of 'note' sees no picture in training either
         seed: int = 0,
     ):
         self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
@@ -376,5 +376,5 @@ def cross_fit(
         t = (make or fresh)(100*seed + f).fit([cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
         for v in views:
             out[v][[known[i] for i in held]] = t.scores([cases[known[i]] for i in held], v)
-            if unknown: out[v][unknown] += t.scores([cases[i] for i in unknown], v)/len(folds)
+            if unknown: out[v][unknown] = np.logaddexp(out[v][unknown] if f else -np.inf, t.scores([cases[i] for i in unknown], v) - np.log(len(folds)))
     return out

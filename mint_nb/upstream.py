@@ -44,7 +44,7 @@ def teacher_views(run: Run) -> tuple[str, ...]:
     return views
 
 def teacher_maker(run: Run, view: str = 'both') -> Callable[[int], Any]:   # seed to an untrained teacher
-    "What makes the teachers of a run; one of the view 'note' never sees a picture."
+    "What makes the teachers of a run; one of the view 'note' sees no portrait."
     p, task, catalogue, root = run.params, get_task(run.params.task), cohort_catalogue(run), run/'cases'
     if task.view == 'note': return lambda seed: Teacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, view, seed)
     captions = cohort_captions(run)

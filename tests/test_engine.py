@@ -213,6 +213,7 @@ def test_trl_trains_a_method_of_a_run(tmp_path, method):
     from mint_nb.align import align, load_aligned
     from mint_nb.core import open_run
     run = open_run(tmp_path/'run', 'smoke', {'train.engine': 'trl', 'train.nll_on': 'trl'})
+    (run/f'align/{method}-0/work/0-sft/adapter').mkdir(parents=True); (run/f'align/{method}-0/work/of-other-pairs/0-orpo/adapter').mkdir(parents=True)     # left by a killed run with other parameters
     assert align(run, method)['status'] == 'done'
     assert sorted(p.name for p in (run/f'align/{method}-0/adapter').iterdir() if p.suffix != '.md') == ['adapter_config.json', 'adapter_model.safetensors']
     load_aligned(run, method)

@@ -73,9 +73,20 @@ def test_every_answer_with_two_cases_is_known_to_its_judge():
     assert not unseen_answers(mixed, judging_folds(mixed, 3, 0))
     for train, held in judging_folds(mixed, 3, 0): assert not {mixed[i].group for i in train} & {mixed[i].group for i in held}
 
-def test_a_teacher_of_notes_never_opens_a_portrait(root, cases):
+def test_a_teacher_of_notes_learns_nothing_from_portraits(root, cases):
     a, b = (Teacher(CATALOGUE, QUICK, root, image_size=32, view='note').fit(cs).scores(cs) for cs in (cases, [replace(c, image=cases[i - 1].image) for i, c in enumerate(cases)]))
     assert np.allclose(a, b, atol=1e-6), 'other pictures, the same teacher'
+
+def test_a_stranger_has_no_veto_over_cases_without_a_label(root, cases):
+    "One labelled case of an answer: one of three judges does not know it, and the others still put it where they would."
+    def judge(seed):
+        class Judge:
+            def fit(self, some, desc=''): self.known = sorted({c.labels['disease'] for c in some}); return self
+            def scores(self, some, view): return np.tile(np.log([.97 if i == IDS[0] and i in self.known else .01 for i in IDS]), (len(some), 1))
+        return Judge()
+    few = [c for c in cases if c.labels['disease'] != IDS[0]] + [next(c for c in cases if c.labels['disease'] == IDS[0])]
+    out = cross_fit([*few, replace(cases[0], id='new', labels={})], CATALOGUE, QUICK.model_copy(update={'folds': 3}), root, make=judge)['both']
+    assert np.allclose(np.exp(out[-1, 0]), (2*.97 + .01)/3)
 
 def test_cases_without_a_label_are_ranked_and_not_learnt_from(root, cases):
     bare = [replace(c, labels={}) if c.group in ('F1', 'F2') else c for c in cases]

@@ -122,8 +122,7 @@ def _small_tables(run: Run, tables: dict, footer: str) -> str:
     simulated, html = not run.params.cohort.source, ''
     for what, title, text in (('portrait', 'With and without a visible sign', 'Cases apart by whether the portrait shows any finding: only there can a second view add a named sign.'),
                               ('note', 'Notes that tell the answer', 'Notes that hold the first phrase of the diagnosis or the symbol of the gene are no test; the rows without them are those to read.')):
-        parts = [(name, t) for name, t in tables['subgroups'].groupby('subgroup') if name.startswith(what)]
-        out = [table_html(results_wide(t, ('top1', 'top5', 'top10', 'car'), simulated), f'{name}: {t.n.max()} of {footer}, per cent with 95 % intervals.') for name, t in parts]
+        out = [table_html(results_wide(t, ('top1', 'top5', 'top10', 'car'), simulated), f'{name}: {t.n.max()} of {footer}, per cent with 95 % intervals.') for name, t in tables['subgroups'].groupby('subgroup') if name.startswith(what)]
         if len(out) > 1: html += section(title, para(text), *out)
     if not len(tables['omim']): return html
     wide = results_wide(tables['omim'], ('top1', 'top3', 'top10', 'top50'), simulated)

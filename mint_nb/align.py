@@ -32,11 +32,13 @@ class Phase(NamedTuple):
     "One training run inside a method."
     loss: str       # a key of `LOSSES`
     share: float    # of the method's updates
+    own: bool = False   # which are counted over its own rows and not over all training cases
 
 SCHEDULES = {'sft': (Phase('sft', 1.),), 'mint': (Phase('orpo', 1.),), 'dpo': (Phase('sft', .5), Phase('dpo', .5)),
              'ipo': (Phase('sft', .5), Phase('ipo', .5)), 'kto': (Phase('sft', .5), Phase('kto', .5)), 'simpo': (Phase('simpo', 1.),),
              'dpo_full': (Phase('sft', 1.), Phase('dpo', 1.)), 'mint_list': (Phase('orpo_list', 1.),),
-             'mint_note': (Phase('orpo', 1.),), 'mint_shuffled': (Phase('orpo', 1.),), 'mint_drop': (Phase('orpo', 1.),), 'sft_gold': (Phase('sft', 1.),), 'sft_gold_short': (Phase('sft', 1.),)}
+             'mint_note': (Phase('orpo', 1.),), 'mint_shuffled': (Phase('orpo', 1.),), 'mint_drop': (Phase('orpo', 1.),),
+             'sft_gold': (Phase('sft', 1.),), 'sft_gold_short': (Phase('sft', 1., own=True),)}
 
 def updates(
     n_cases: int, params: Params,   # training cases
@@ -129,8 +131,9 @@ def train_method(run: Run, method: str, seed: int, work: Path | str) -> None:
     found = refuse(problems); lines += map(str, found if shows_cases(run) else without_cases(found))
     chosen = choose_engine(student, p.train, TensorStore(None if p.train.accelerate else run/'align/depth'))   # processes that share a model must not differ in what they remember
     if first_process(): print(*lines, f'engine: {chosen.name}, {chosen.why}', sep='\n')
-    items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt, run/'cases'), updates(len(rows) if method == 'sft_gold_short' else sum(c.split == 'train' for c in cases), p)
-    logs = [(ph.loss, run_phase(student, chosen.engine, items, ph, max(1, round(ph.share*n)), p, Path(work)/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
+    items, n = items_of(rows, cases, student, get_task(p.task), p.student.max_prompt, run/'cases'), sum(c.split == 'train' for c in cases)
+    steps = lambda ph: max(1, round(ph.share*updates(len(rows) if ph.own else n, p)))
+    logs = [(ph.loss, run_phase(student, chosen.engine, items, ph, steps(ph), p, Path(work)/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(SCHEDULES[method])]
     if first_process(): write_table(out/'log.parquet', long_log(logs)); write_json(out/'engine.json', {'engine': chosen.name, 'why': chosen.why})
     keep(student.model, out/'adapter')
 

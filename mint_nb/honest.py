@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'TREATED', 'SHOWN', 'LISTED', 'PARTS', 'TREATING', 'results_home', 'write_results', 'Found', 'read_results',
            'called', 'pooled', 'calibration_markdown', 'parts_markdown', 'reliability_figure', 'regime_figure',
-           'problem_figure', 'ratios', 'chosen', 'primary_outcome', 'primary_markdown']
+           'problem_figure', 'ratios', 'chosen', 'judged', 'primary_outcome', 'primary_markdown']
 
 # %% ../nbs/66_honest.ipynb #0003
 from pathlib import Path
@@ -169,6 +169,13 @@ def chosen(found: Found) -> tuple[str, str]:   # method, treatment
     return min((c for c in TREATING if c in nll.index), key=lambda c: nll[c])
 
 # %% ../nbs/66_honest.ipynb #0034
+def judged(x: pd.Series, metric: str, bound: Optional[float]) -> str:   # lo, hi -> 'yes', 'no' or 'not shown'; '' without a bound
+    "A claim that a difference is below a bound (for accuracy: above), by its interval and never by the estimate alone."
+    if bound is None: return ''
+    lo, hi = (x.lo - bound, x.hi - bound) if metric != 'accuracy' else (bound - x.hi, bound - x.lo)
+    return 'yes' if hi <= 0 else 'no' if lo > 0 else 'not shown'
+
+# %% ../nbs/66_honest.ipynb #0036
 def primary_outcome(found: Found, loss: float = .02) -> pd.DataFrame:   # claim, diff, lo, hi, holds, n, groups, seeds
     "The three claims of the plan about the chosen treatment, each with its paired difference on test cases."
     m, r = chosen(found)
@@ -176,15 +183,10 @@ def primary_outcome(found: Found, loss: float = .02) -> pd.DataFrame:   # claim,
     claims = (('debiased ECE below that of MINT', 'mint + none', 'ece_debiased', 0.), ('debiased ECE not above that of MINT with temperature scaling', 'mint + temperature', 'ece_debiased', 0.),
               (f'top 1 at most {100*loss:.0f} points below that of MINT', 'mint + none', 'accuracy', -loss),
               *((f'{label} score beside that of {name} (no bins)', a, k, None) for k, label in (('brier', 'Brier'), ('nll', 'log')) for a, name in (('mint + none', 'MINT'), ('mint + temperature', 'MINT with temperature scaling'))))
-    rows = [(what, x['diff'], x.lo, x.hi, _holds(x, k, bound), x.n, x.groups, x.seeds) for what, a, k, bound in claims for x in [d.loc[(a, k)]]]
+    rows = [(what, x['diff'], x.lo, x.hi, judged(x, k, bound), x.n, x.groups, x.seeds) for what, a, k, bound in claims for x in [d.loc[(a, k)]]]
     return pd.DataFrame(rows, columns=['claim', 'diff', 'lo', 'hi', 'holds', 'n', 'groups', 'seeds'])
 
-def _holds(x: pd.Series, metric: str, bound: Optional[float]) -> str:
-    "A claim that a difference is below a bound (for accuracy: above), judged by its interval."
-    if bound is None: return ''
-    lo, hi = (x.lo - bound, x.hi - bound) if metric != 'accuracy' else (bound - x.hi, bound - x.lo)
-    return 'yes' if hi <= 0 else 'no' if lo > 0 else 'not shown'
-
+# %% ../nbs/66_honest.ipynb #0038
 def primary_markdown(found: Found) -> str:
     "The primary outcome in words."
     m, r = chosen(found)

@@ -57,7 +57,6 @@ def rank_with(run: Run, seed: int, model: str, views: Sequence[str]) -> None:
     held, make = [c for c in cohort_cases(run) if c.split != 'train'], teacher_maker(run, 'note' if model == 'model-note' else 'both')
     known = [c for c in train if c.labels.get(label) in catalogue]
     unseen = len(unseen_answers(known, judging_folds(known, p.teacher.folds, seed, label), label))
-    if unseen: print(f'{unseen} of {len(known)} training cases are judged by a teacher without a case of their answer')
     fitted = cross_fit(train, catalogue, p.teacher, run/'cases', label, p.cohort.image_size, seed, views, make)
     final = make(seed).fit(train, 'final teacher')
     final.save(run/f'upstream/{model}-{seed}')

@@ -213,10 +213,26 @@ def test_trl_trains_a_method_of_a_run(tmp_path, method):
     from mint_nb.align import align, load_aligned
     from mint_nb.core import open_run
     run = open_run(tmp_path/'run', 'smoke', {'train.engine': 'trl', 'train.nll_on': 'trl'})
-    (run/f'align/{method}-0/work/0-sft/adapter').mkdir(parents=True); (run/f'align/{method}-0/work/of-other-pairs/0-orpo/adapter').mkdir(parents=True)     # left by a killed run with other parameters
     assert align(run, method)['status'] == 'done'
     assert sorted(p.name for p in (run/f'align/{method}-0/adapter').iterdir() if p.suffix != '.md') == ['adapter_config.json', 'adapter_model.safetensors']
     load_aligned(run, method)
+
+def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path, monkeypatch):
+    import mint_nb.align as module
+    from mint_nb.core import Run, file_digest, open_run
+    run, keep, done = open_run(tmp_path/'run', 'smoke'), module.keep, []
+    def dies_at_the_end(model, folder):
+        if folder.name == 'adapter' and 'work' not in folder.parts: raise KeyboardInterrupt
+        keep(model, folder)
+    monkeypatch.setattr(module, 'keep', dies_at_the_end)
+    with pytest.raises(KeyboardInterrupt): module.align(run, 'sft')             # the phase is finished, the stage is not
+    monkeypatch.setattr(module, 'keep', keep)
+    monkeypatch.setattr(module, 'train', lambda *a, real=module.train, **kw: done.append(a[4]) or real(*a, **kw))
+    other = Run(run.path, run.params.model_copy(update={'train': run.params.train.model_copy(update={'lr': 1e-2})}))
+    module.align(other, 'sft'); first = file_digest(run/'align/sft-0/adapter')
+    assert len(done) == 1, 'another rate: trained anew, and not taken from what the first left'
+    module.align(run, 'sft')
+    assert file_digest(run/'align/sft-0/adapter') != first and not (run/'align/sft-0').joinpath('work').exists()
 
 
 SHARDS = """

@@ -73,6 +73,21 @@ def test_every_answer_with_two_cases_is_known_to_its_judge():
     assert not unseen_answers(mixed, judging_folds(mixed, 3, 0))
     for train, held in judging_folds(mixed, 3, 0): assert not {mixed[i].group for i in train} & {mixed[i].group for i in held}
 
+def test_no_judge_is_a_stranger_to_published_diseases(data):
+    "The cohorts of the laptop profile and of the study; in whole publications most judges would be."
+    from mint_nb.cli import REAL as LAPTOP
+    from mint_nb.core import resolve_params
+    from mint_nb.ontology import load_ontology
+    from mint_nb.patients import choose_answers, load_cases, select_cases
+    from mint_nb.study import REAL
+    ontology = load_ontology()
+    packets = load_cases(data/'phenopackets.zip', ontology)[0]
+    for profile, over, strangers in (('laptop', LAPTOP, 272), ('study', REAL['dysmorphic'], 233), ('study', REAL['all'], 474)):
+        c = resolve_params(profile, {**over, 'cohort.source': str(data/'phenopackets.zip')}).cohort
+        train = [x for x in select_cases(packets, choose_answers(packets, ontology, c, 'disease'), c, 'disease') if x.split == 'train']
+        whole, dealt = (len(unseen_answers(train, folds(train, 3, 0))) for folds in (folds_of, judging_folds))
+        assert (whole, dealt) == (strangers, 0), len(train)
+
 def test_a_teacher_of_notes_learns_nothing_from_portraits(root, cases):
     a, b = (Teacher(CATALOGUE, QUICK, root, image_size=32, view='note').fit(cs).scores(cs) for cs in (cases, [replace(c, image=cases[i - 1].image) for i, c in enumerate(cases)]))
     assert np.allclose(a, b, atol=1e-6), 'other pictures, the same teacher'

@@ -23,13 +23,13 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from .align import SCHEDULES, align, items_of, updates
 from .calibrate import CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
-from .calibration import MEASURES, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised, perfect_band, reliability, resamples, top, with_interval
+from .calibration import MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised, perfect_band, reliability, resamples, top, with_interval
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
 from .core import InputError, Params, Run, atomic_path, open_params, progress, read_table, run_stage, write_json, write_table
 from .engine import Engine, TensorStore, reference_logps, trainer_settings
 from .losses import LOSSES
-from .metrics import draw_counts
+from .metrics import seed_weights
 from .ontology import load_ontology
 from .patients import add_note, simulate_cohort, split_by_group
 from .pipeline import threads
@@ -179,9 +179,9 @@ def measured(answers: Answers, w: np.ndarray) -> dict[str, np.ndarray]:   # metr
     return {m: f(p, answers.truth, w) for m, f in MEASURES.items()}
 
 def over_seeds(values: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:   # each (1 + bootstrap,)
-    "Mean over seeds; resamples draw the seeds with replacement."
+    "Mean over seeds; in resamples, seeds are drawn too (`seed_weights` of 03_metrics)."
     v = np.stack(values)
-    drawn = np.vstack([np.ones(len(v)), draw_counts(len(v), v.shape[1] - 1, seed + 1)])/len(v)
+    drawn = np.vstack([np.full(len(v), 1/len(v)), seed_weights(len(v), v.shape[1] - 1, seed + 1)])
     return (drawn.T*v).sum(0)
 
 # %% ../nbs/62_confidence.ipynb #0031
@@ -202,10 +202,11 @@ def grid_values(
 # %% ../nbs/62_confidence.ipynb #0032
 def as_rows(values: dict[tuple, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, part, seed (-1: all), metric, value, lo, hi
     "Values with 95 % intervals, for each seed and over seeds."
-    rows = [(*k, *with_interval(v, k[-1])) for k, v in values.items()]
+    rows = [(*k, *with_interval(v, k[-1], values[(*k[:-1], PLAIN.get(k[-1], k[-1]))])) for k, v in values.items()]
     if len(seeds) > 1:
         cells = dict.fromkeys((m, t, part, metric) for m, t, part, _, metric in values)
-        rows += [(m, t, part, -1, metric, *with_interval(over_seeds([values[m, t, part, s, metric] for s in seeds]), metric)) for m, t, part, metric in cells]
+        whole = {c: over_seeds([values[(*c[:3], s, c[3])] for s in seeds]) for c in cells}
+        rows += [(*c[:3], -1, c[3], *with_interval(v, c[3], whole[(*c[:3], PLAIN.get(c[3], c[3]))])) for c, v in whole.items()]
     return pd.DataFrame(rows, columns=['method', 'treatment', 'part', 'seed', 'metric', 'value', 'lo', 'hi'])
 
 # %% ../nbs/62_confidence.ipynb #0035
@@ -219,8 +220,8 @@ def grid_differences(
     for m, t, metric in cells:
         for a in against:
             if a == (m, t) or (*a, part, seeds[0], metric) not in values: continue
-            d = over_seeds([values[m, t, part, s, metric] - values[(*a, part, s, metric)] for s in seeds])
-            rows.append((m, t, ' + '.join(a), metric, *with_interval(d, metric)))
+            d, plain = (over_seeds([values[m, t, part, s, x] - values[(*a, part, s, x)] for s in seeds]) for x in (metric, PLAIN.get(metric, metric)))
+            rows.append((m, t, ' + '.join(a), metric, *with_interval(d, metric, plain)))
     return pd.DataFrame(rows, columns=['method', 'treatment', 'against', 'metric', 'diff', 'lo', 'hi'])
 
 # %% ../nbs/62_confidence.ipynb #0039

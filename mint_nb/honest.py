@@ -119,11 +119,11 @@ def regime_figure(
     cohort: str,
 ) -> Figure:
     "Where the models stand between the bounds on ECE as a function of accuracy."
-    fig, ax = plt.subplots(figsize=(5.6, 3.8))
+    fig, ax = plt.subplots(figsize=(7.4, 3.8))
     a = np.linspace(0, 1, 101)
     b = ece_bounds(a, np.maximum(a, 1/options), options)
     ax.fill_between(a, b.least, b.upper, color='#f3f4f6'); ax.plot(a, 1 - a, color='#9ca3af', lw=1, ls=(0, (4, 3)))
-    ax.text(.98, .05, 'sure of everything: 1 − accuracy', ha='right', fontsize=8, color='#6b7280')
+    ax.text(.5, .53, 'sure of everything: 1 − accuracy', fontsize=8, color='#6b7280')
     t = pooled(found.table).set_index(['method', 'treatment', 'metric']).value
     marks = dict(zip(TREATED, 'osD^v'))
     for m, r in dict.fromkeys((m, r) for m, r, _ in t.index if r in TREATED and (m, r, 'ece') in t.index):

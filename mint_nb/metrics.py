@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'listed_answers', 'score_ids', 'agreement', 'teacher_ends', 'name_similarity', 'score_reference',
-           'score_cases', 'draw_counts', 'grouped_bootstrap', 'summarise', 'paired_differences', 'score_methods',
-           'results_table', 'difference_table', 'binned_gap', 'conf_ece', 'cw_ece', 'brier', 'nll']
+           'score_cases', 'draw_counts', 'seed_weights', 'grouped_bootstrap', 'summarise', 'paired_differences',
+           'score_methods', 'results_table', 'difference_table', 'binned_gap', 'conf_ece', 'cw_ece', 'brier', 'nll']
 
 # %% ../nbs/03_metrics.ipynb #0003
 import difflib, functools, re
@@ -163,6 +163,14 @@ def draw_counts(
     return counts
 
 # %% ../nbs/03_metrics.ipynb #0042
+def seed_weights(
+    n: int,           # seeds
+    bootstrap: int, seed: int,
+) -> np.ndarray:      # (bootstrap, n), rows add to 1; some weights are below zero
+    "Weights of training runs when seeds are drawn, with the spread of their population."
+    return (1 + (n/max(n - 1, 1))**.5*(draw_counts(n, bootstrap, seed) - 1))/n
+
+# %% ../nbs/03_metrics.ipynb #0045
 def grouped_bootstrap(
     values: np.ndarray,        # (seeds, cases)
     groups: Sequence[str],     # group of each case
@@ -179,11 +187,10 @@ def grouped_bootstrap(
     if len(names) < 2: return mean, np.nan, np.nan
     w = draw_counts(len(names), bootstrap, seed)
     with np.errstate(invalid='ignore'): means = np.stack([np.nanmean(w @ s/(w @ n), 1) for s in sums], 1)      # (bootstrap, seeds); a resample may lack an answer
-    v = draw_counts(len(values), bootstrap, seed + 1)/len(values)
-    lo, hi = np.percentile((means*v).sum(1), [2.5, 97.5])
+    lo, hi = np.percentile((means*seed_weights(len(values), bootstrap, seed + 1)).sum(1), [2.5, 97.5])
     return mean, float(lo), float(hi)
 
-# %% ../nbs/03_metrics.ipynb #0049
+# %% ../nbs/03_metrics.ipynb #0052
 def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
     "Values of one metric, seeds by cases; cases that a seed lacks are an error."
     t = per_case[(per_case.metric == metric) & per_case.value.notna()]
@@ -200,7 +207,7 @@ def _answers(per_case: pd.DataFrame, metric: str, ids: Sequence[str]) -> Optiona
     named = per_case[per_case.metric == metric].drop_duplicates('case_id').set_index('case_id').answer.reindex(ids)
     return None if named.isna().any() else named.to_numpy()
 
-# %% ../nbs/03_metrics.ipynb #0050
+# %% ../nbs/03_metrics.ipynb #0053
 def summarise(
     per_case: pd.DataFrame,   # from `score_cases`, of one method; a column `seed` if several
     bootstrap: int = 2000,    # resamples
@@ -215,7 +222,7 @@ def summarise(
         rows.append((m, *grouped_bootstrap(block.to_numpy(), g, bootstrap, seed, _answers(per_case, m, block.columns)), block.shape[1], len(set(g))))
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
-# %% ../nbs/03_metrics.ipynb #0054
+# %% ../nbs/03_metrics.ipynb #0057
 def paired_differences(
     a: pd.DataFrame,          # `score_cases` of one method (a column `seed` if several)
     b: pd.DataFrame,          # the same cases by another
@@ -234,7 +241,7 @@ def paired_differences(
         if d.size: rows.append((m, *grouped_bootstrap(d, g, bootstrap, seed, _answers(a, m, x.columns)), d.shape[1], len(set(g)), len(d)))
     return pd.DataFrame(rows, columns=['metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds'])
 
-# %% ../nbs/03_metrics.ipynb #0059
+# %% ../nbs/03_metrics.ipynb #0062
 def score_methods(
     answers: dict[tuple[str, int], Rankings],    # (method, seed) to what it answered
     cases: Sequence[Case],
@@ -252,7 +259,7 @@ def score_methods(
         out.append(score_cases(rankings, cases, catalogue, label, teacher, **kw).assign(method=method, seed=seed))
     return pd.concat(out, ignore_index=True)[['method', 'seed', 'case_id', 'group', 'metric', 'value']]
 
-# %% ../nbs/03_metrics.ipynb #0063
+# %% ../nbs/03_metrics.ipynb #0066
 def results_table(
     per_case: pd.DataFrame,   # from `score_methods`
     bootstrap: int = 2000,    # resamples
@@ -264,7 +271,7 @@ def results_table(
     out = pd.concat([summarise(t, bootstrap, seed).assign(method=m, seed=s) for m, s, t in parts], ignore_index=True)
     return out[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
 
-# %% ../nbs/03_metrics.ipynb #0066
+# %% ../nbs/03_metrics.ipynb #0069
 def difference_table(
     per_case: pd.DataFrame,   # from `score_methods`
     first: str = 'mint',      # compare this method with each other one; all pairs if it is absent
@@ -278,7 +285,7 @@ def difference_table(
     out = [paired_differences(by[a], by[b], bootstrap, seed).assign(a=a, b=b) for a, b in pairs]
     return pd.concat(out, ignore_index=True)[columns] if out else pd.DataFrame(columns=columns)
 
-# %% ../nbs/03_metrics.ipynb #0069
+# %% ../nbs/03_metrics.ipynb #0072
 def binned_gap(
     confidence: np.ndarray,   # (n,) stated probabilities
     correct: np.ndarray,      # (n,) whether it happened
@@ -289,7 +296,7 @@ def binned_gap(
     total = np.bincount(code, np.asarray(correct, float) - confidence, bins)
     return float(np.abs(total).sum()/len(code))
 
-# %% ../nbs/03_metrics.ipynb #0072
+# %% ../nbs/03_metrics.ipynb #0075
 def _check_probs(probs, truth) -> tuple[np.ndarray, np.ndarray]:
     "Arrays of the right shape whose rows are distributions."
     p, y = np.asarray(probs, float), np.asarray(truth, int)
@@ -306,7 +313,7 @@ def conf_ece(
     p, y = _check_probs(probs, truth)
     return binned_gap(p.max(1), p.argmax(1) == y, bins)
 
-# %% ../nbs/03_metrics.ipynb #0074
+# %% ../nbs/03_metrics.ipynb #0077
 def cw_ece(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer
@@ -316,7 +323,7 @@ def cw_ece(
     p, y = _check_probs(probs, truth)
     return float(np.mean([binned_gap(p[:, j], y == j, bins) for j in range(p.shape[1])]))
 
-# %% ../nbs/03_metrics.ipynb #0077
+# %% ../nbs/03_metrics.ipynb #0080
 def brier(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer
@@ -325,7 +332,7 @@ def brier(
     p, y = _check_probs(probs, truth)
     return float(((p - np.eye(p.shape[1])[y])**2).sum(1).mean())
 
-# %% ../nbs/03_metrics.ipynb #0079
+# %% ../nbs/03_metrics.ipynb #0082
 def nll(
     probs: np.ndarray,       # (n, N), rows add to 1
     truth: Sequence[int],    # (n,) column of the true answer

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen
 from mint_nb.bench import Setting, bench_items, bench_student, differences
 from mint_nb.core import InputError, StudentParams, TrainParams
 from mint_nb.engine import (Engine, Item, PreferenceTrainer, TensorStore, mismatched, reference_logps, separate_logps, train, trainer_settings, trl_rows, trl_trainer)
-from mint_nb.launch import launch_command
+from mint_nb.launch import LEAVE, launch_command
 from mint_nb.losses import LOSSES
 from mint_nb.students import Student, add_lora, load_student
 
@@ -172,7 +172,7 @@ if int(os.environ.get('RANK', 0)) == 0: json.dump(found, open(sys.argv[1] + '.js
 
 def launched(code, folder) -> tuple[dict, dict]:
     "What a script writes as JSON, run by one process and by two."
-    (folder/'go.py').write_text(code)
+    (folder/'go.py').write_text(code + LEAVE)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MINT_QUIET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
     for name, how in (('one', [sys.executable, str(folder/'go.py')]), ('two', launch_command(TrainParams(processes=2), folder/'go.py'))):
         done = subprocess.run([*how, str(folder/name)], capture_output=True, text=True, env=env, timeout=900)

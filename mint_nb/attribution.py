@@ -55,7 +55,7 @@ def tile_map(
     def walk(module, args):
         c = plain.to(args[0].device); d = args[0].detach() - c
         kept.extend([(c + way.to(c.device)*d).requires_grad_(), d]); return (kept[0],)
-    item, handle = Item(case.id, ranker.context(case), [ranker.names.paths[ranker.catalogue.index[answer]]], ranker.image(case)), tower.register_forward_pre_hook(walk)
+    item, handle = Item(case.id, ranker.context(case), [list(ranker.trie.inner[answer])], ranker.image(case)), tower.register_forward_pre_hook(walk)
     try: Engine.logps(ranker.engine, [item]*steps).chosen.sum().backward()
     finally: handle.remove()
     ranker.student.model.zero_grad()

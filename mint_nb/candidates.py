@@ -21,15 +21,16 @@ from .tasks import Case, Catalogue, Rankings, Task, rankings_from_scores
 
 # %% ../nbs/34_candidates.ipynb #0007
 class NamePaths(NamedTuple):
-    "Token paths of N names, and the M tokens that compete at the P places where something is decided."
-    paths: list[list[int]]   # a path per name, closed by the end of the line
-    name: Tensor             # (P,) which name a place belongs to
-    place: Tensor            # (P,) index among all tokens of all paths, one path behind the other
+    "What a model has to read to choose among N names, and the M tokens that compete at the P places where something is decided."
+    paths: list[list[int]]   # beginnings of names, each up to a last choice; together they pass every place
+    n: int                   # N
+    place: Tensor            # (P,) how many tokens of all paths, one path behind the other, lie before the choice; 0: the first
     owner: Tensor            # (M,) place that a competing token belongs to
     token: Tensor            # (M,) the competing token
-    taken: Tensor            # (P,) index among the M of the token that the name takes
+    name: Tensor             # (T,) whose step this is: a name takes one at each place that it passes
+    taken: Tensor            # (T,) index among the M of the token that it takes
 
-    def to(self, device) -> 'NamePaths': return NamePaths(self.paths, *(t.to(device) for t in self[1:]))
+    def to(self, device) -> 'NamePaths': return self._replace(**{k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
 
 # %% ../nbs/34_candidates.ipynb #0008
 def name_paths(
@@ -39,15 +40,19 @@ def name_paths(
     children: dict[tuple, set] = {}
     for p in paths:
         for t in range(len(p)): children.setdefault(tuple(p[:t]), set()).add(p[t])
-    name, place, owner, token, taken, at = [], [], [], [], [], 0
-    for j, p in enumerate(paths):
-        for t in range(len(p)):
-            some = sorted(children[tuple(p[:t])])
-            if len(some) > 1:
-                taken.append(len(token) + some.index(p[t])); owner += [len(name)]*len(some); token += some
-                name.append(j); place.append(at + t)
-        at += len(p)
-    return NamePaths([list(p) for p in paths], *(torch.tensor(x, dtype=torch.long) for x in (name, place, owner, token, taken)))
+    choices = {s: sorted(c) for s, c in children.items() if len(c) > 1}
+    passed = {s[:t] for s in choices for t in range(len(s))}
+    read, at, n = [s for s in choices if s and s not in passed], {(): 0}, 0
+    for s in read:
+        for t in range(1, len(s) + 1): at.setdefault(s[:t], n + t)
+        n += len(s)
+    owner, token, index = [], [], {}
+    for k, (s, some) in enumerate(choices.items()):
+        index |= {(*s, t): len(token) + i for i, t in enumerate(some)}
+        owner += [k]*len(some); token += some
+    steps = [(j, index[b]) for j, p in enumerate(paths) for t in range(len(p)) if (b := tuple(p[:t + 1])) in index]
+    long = lambda x: torch.tensor(x, dtype=torch.long)
+    return NamePaths([list(s) for s in read], len(paths), long([at[s] for s in choices]), long(owner), long(token), long([j for j, _ in steps]), long([i for _, i in steps]))
 
 # %% ../nbs/34_candidates.ipynb #0011
 def path_probabilities(
@@ -55,10 +60,10 @@ def path_probabilities(
     names: NamePaths,
 ) -> Tensor:            # (N,) log-probabilities; they sum to one
     "Log-probability of each name from the logits of what competes."
-    P = len(names.name)
+    P = len(names.place)
     top = logits.new_full((P,), -torch.inf).scatter_reduce(0, names.owner, logits, 'amax')
     norm = top + logits.new_zeros(P).index_add(0, names.owner, (logits - top[names.owner]).exp()).log()
-    return logits.new_zeros(len(names.paths)).index_add(0, names.name, logits[names.taken] - norm)
+    return logits.new_zeros(names.n).index_add(0, names.name, (logits - norm[names.owner])[names.taken])
 
 # %% ../nbs/34_candidates.ipynb #0015
 def name_logps(
@@ -70,7 +75,7 @@ def name_logps(
     "Log-probability of each name as the first answer of a decoder that can write only these."
     item = Item('', list(context), names.paths, image)
     row, names = lay_out([item]).to(engine.device), names.to(engine.device)
-    states = engine.states([item], row)[row.source[len(context) - 1:]]      # those that predict a name's token
+    states = engine.states([item], row)[len(context) - 1:]      # of the last token of the context and of all that are read of the names
     weight = engine.head.weight[names.token].float()
     logits = (states[names.place][names.owner].float()*weight).sum(1)
     return path_probabilities(engine.cap*torch.tanh(logits/engine.cap) if engine.cap else logits, names)
@@ -111,7 +116,7 @@ def scores(self: CandidateRanker,
     out = np.full((len(cases), len(self.catalogue)), -np.inf)
     for n, c in enumerate(progress(cases, f'{self.name}: candidates')):
         some = [j for j, i in enumerate(self.catalogue.ids) if not c.candidates or i in c.candidates]
-        names = self.names if len(some) == len(self.catalogue) else name_paths([self.names.paths[j] for j in some])
+        names = self.names if len(some) == len(self.catalogue) else name_paths([self.trie.inner[self.catalogue.ids[j]] for j in some])
         with torch.no_grad(): out[n, some] = name_logps(self.engine, self.context(c), names, self.image(c)).double().cpu().numpy()
     return out
 

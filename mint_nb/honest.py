@@ -30,7 +30,7 @@ def results_home() -> Path:
 def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]:
     "Copy the tables of a run, with what they come from."
     written, p, seeds = [], run.params, sorted(set(pd.read_parquet(run/'analysis/calibration.parquet').seed) - {-1})
-    spent = sum(e['seconds'] for e in run.manifest if e['status'] == 'done')
+    spent = sum({e['stage']: e['seconds'] for e in run.manifest if e['status'] == 'done'}.values())     # of a stage that ran again, the last
     head = f"# mint-nb calibrate --out runs/{run.path.name}{' --cases phenopackets.zip' if p.cohort.source else ''}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, seeds))}, " \
            f"stages {spent/60:.0f} min in all, some side by side, on {device_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
     for table in (t for t in TABLES if (run/f'analysis/{t}.parquet').exists()):

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.utils.notebook import NotebookProgressCallback
 
 from .align import SCHEDULES, align, items_of, updates
-from .calibrate import CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
+from .calibrate import INSIDE, CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
 from .calibration import MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised, perfect_band, reliability, resamples, top, with_interval
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
@@ -90,7 +90,7 @@ def fresh_student(run: Run, method: str, seed: int) -> Student:
 def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the manifest entry
     "Stage: train a treatment and leave its adapter."
     p, name, out = run.params, f'{method}-{treatment}-{seed}', f'calibrate/{method}-{treatment}-{seed}'
-    inside = treatment == 'mint_cal'
+    inside = treatment in INSIDE
     if inside: preferences(run, seed, 'mint')
     elif method in SCHEDULES: align(run, method, seed)
     reads = ['cases/cases.parquet', *([f'preferences/mint-{seed}/train.parquet'] if inside else [f'align/{method}-{seed}/adapter'] if method in SCHEDULES else [])]
@@ -145,8 +145,8 @@ def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = '
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
 # %% ../nbs/62_confidence.ipynb #0024
-GRID: dict[str, Sequence[str]] = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), 'mint_cal': ('none', 'temperature')}
-REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', 'mint_cal')}
+GRID: dict[str, Sequence[str]] = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), **dict.fromkeys(INSIDE, ('none', 'temperature'))}
+REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', *INSIDE)}
 
 def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -> str:
     "All steps of one method."
@@ -154,7 +154,7 @@ def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -
     if method in SCHEDULES: align(run, method, seed)
     for t in treatments:
         if t == 'temperature': continue
-        if method == 'mint_cal': treat(run, 'base', 'mint_cal', seed); confide(run, 'base', 'mint_cal', seed)
+        if method in INSIDE: treat(run, 'base', method, seed); confide(run, 'base', method, seed)
         else:
             if t != 'none': treat(run, method, t, seed)
             confide(run, method, t, seed)
@@ -162,13 +162,13 @@ def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -
 
 # %% ../nbs/62_confidence.ipynb #0026
 def stored_name(method: str, treatment: str) -> tuple[str, str]:
-    "Under which method and treatment the answers of a cell lie: `mint_cal` is a treatment of the untuned model."
-    return ('base', treatment if treatment == 'temperature' else 'mint_cal') if method == 'mint_cal' else (method, treatment)
+    "Under which method and treatment the answers of a cell lie: calibration inside MINT is a treatment of the untuned model."
+    return ('base', treatment if treatment == 'temperature' else method) if method in INSIDE else (method, treatment)
 
 def cell(run: Run, method: str, treatment: str, seed: int, form: str = 'names') -> dict[str, Answers]:
     "The answers of one cell of the grid, by part."
-    if method != 'mint_cal': return read_answers(run, method, treatment, seed, form)
-    parts = read_answers(run, 'base', 'mint_cal', seed, form)
+    if method not in INSIDE: return read_answers(run, method, treatment, seed, form)
+    parts = read_answers(run, 'base', method, seed, form)
     heat = fit_temperature(parts['calibration'].logp, parts['calibration'].truth) if treatment == 'temperature' else 1.
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
@@ -358,7 +358,7 @@ def calibrate_run(
     make_cohort(run)
     for i, seed in enumerate(seeds):
         if any(m != 'base' for m in grid): preferences(run, seed, 'mint')        # the teacher first: all chains read it
-        jobs: list[tuple] = [(chain, str(run.path), m, ts, seed) for m, ts in sorted(grid.items(), key=lambda x: x[0] != 'mint_cal')]
+        jobs: list[tuple] = [(chain, str(run.path), m, ts, seed) for m, ts in sorted(grid.items(), key=lambda x: x[0] not in INSIDE)]
         if problem and not i: jobs += [*((watched, str(run.path), m, seed) for m in ('sft', 'dpo', 'mint')), *((varied, str(run.path), v, seed) for v in VARIED)]
         run_jobs(jobs, workers, f'seed {seed}')
         table = write_tables(run, grid, seeds[:i + 1])

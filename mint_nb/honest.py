@@ -60,7 +60,7 @@ SHOWN = {'accuracy': 'top 1, %', 'confidence': 'confidence, %', 'ece': 'ECE, %',
 
 def called(method: str) -> str:
     "A method's name in tables."
-    return 'MINT with calibration loss' if method == 'mint_cal' else look(method).label
+    return {'mint_cal': 'MINT with calibration loss', 'mint_cal_late': 'MINT with calibration loss, late'}.get(method) or look(method).label
 
 # %% ../nbs/66_honest.ipynb #0015
 def pooled(t: pd.DataFrame, form: str = 'names', part: str = 'test') -> pd.DataFrame:

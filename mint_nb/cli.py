@@ -281,22 +281,25 @@ def calibrate(
     student: Annotated[str, typer.Option(help='model for --questions: smollm2, a folder or a hub id')] = 'smollm2',
     profile: Annotated[str, typer.Option(help='recipe')] = 'calibration',
     out: Annotated[Path, typer.Option(help='run folder')] = Path('runs/calibration'),
+    methods: Annotated[str, typer.Option(help='comma-separated part of the grid; default: all')] = '',
+    treatments: Annotated[str, typer.Option(help='comma-separated part of the grid; default: all')] = '',
     seeds: Annotated[str, typer.Option(help='comma-separated whole numbers; default: those of the recipe')] = '',
     sets: Annotated[Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')] = None,
     workers: Annotated[int, typer.Option(help='processes, with a thread each')] = 2,
 ):
     "Ask how sure the aligned models are and treat them: temperature, label smoothing, CFT, RCFT, calibration inside MINT."
-    from mint_nb.confidence import calibrate_questions, calibrate_run   # imports torch
+    from mint_nb.confidence import GRID, REAL_GRID, calibrate_questions, calibrate_run, part_of_grid   # imports torch
     from mint_nb.core import open_run, resolve_params
     from mint_nb.honest import calibration_markdown, results_home, write_results
     over = (REAL if cases else {}) | run_overrides('disease', cases, 'calibration', None, '', seeds, sets)
     over.pop('methods', None)
+    grid, part = part_of_grid(REAL_GRID if cases else GRID, comma_list(methods), comma_list(treatments)), bool(methods or treatments)
     if questions:
         t = calibrate_questions(questions, student, resolve_params(profile, over), out)
         typer.echo(t[t.metric.isin(['accuracy', 'ece', 'ece_debiased', 'brier'])].round(4).to_string(index=False)); return
     run = open_run(out, profile, over)
-    typer.echo(calibration_markdown(calibrate_run(run, workers=workers, problem=not cases)))
-    if results_home().parent.exists() and profile == 'calibration': typer.echo('\n'.join(map(str, write_results(run, 'phenopackets' if cases else 'simulated'))))
+    typer.echo(calibration_markdown(calibrate_run(run, grid, workers=workers, problem=not cases and not part)))
+    if results_home().parent.exists() and profile == 'calibration': typer.echo('\n'.join(map(str, write_results(run, out.name if part else 'phenopackets' if cases else 'simulated', part=grid if part else None))))
 
 # %% ../nbs/71_cli.ipynb #0041
 @app.command()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'GRID', 'REAL_GRID', 'VARIED', 'unseen_cases', 'spread_over', 'restyled', 'parts_of_run', 'ranker_of',
-           'fresh_student', 'treat', 'confide', 'Answers', 'read_answers', 'chain', 'stored_name', 'cell', 'measured',
-           'over_seeds', 'grid_values', 'as_rows', 'grid_differences', 'list_values', 'bin_rows', 'write_tables',
-           'Watch', 'trace', 'varied', 'watched', 'spread', 'problem_rows', 'run_jobs', 'calibrate_run', 'divided',
-           'calibrate_questions']
+           'fresh_student', 'treat', 'confide', 'Answers', 'read_answers', 'part_of_grid', 'chain', 'stored_name',
+           'cell', 'measured', 'over_seeds', 'grid_values', 'as_rows', 'grid_differences', 'list_values', 'bin_rows',
+           'write_tables', 'Watch', 'trace', 'varied', 'watched', 'spread', 'problem_rows', 'run_jobs', 'calibrate_run',
+           'divided', 'calibrate_questions']
 
 # %% ../nbs/62_confidence.ipynb #0003
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -148,6 +148,14 @@ def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = '
 GRID: dict[str, Sequence[str]] = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), **dict.fromkeys(INSIDE, ('none', 'temperature'))}
 REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', *INSIDE)}
 
+def part_of_grid(grid: dict[str, Sequence[str]], methods: Sequence[str] = (), treatments: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:   # () leaves all
+    "Some methods of a grid, with some treatments beside none."
+    known = {t for ts in grid.values() for t in ts}
+    for field, asked, there in (('methods', methods, grid), ('treatments', treatments, known)):
+        if odd := [a for a in asked if a not in there]: raise InputError(f'is not in the grid; there are {", ".join(sorted(there))}', field=field, record=odd[0])
+    return {m: tuple(t for t in ts if not treatments or t in ('none', *treatments)) for m, ts in grid.items() if not methods or m in methods}
+
+# %% ../nbs/62_confidence.ipynb #0026
 def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -> str:
     "All steps of one method."
     run = Run(Path(path), open_params(path))
@@ -160,7 +168,7 @@ def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -
             confide(run, method, t, seed)
     return f'{method}-{seed}'
 
-# %% ../nbs/62_confidence.ipynb #0026
+# %% ../nbs/62_confidence.ipynb #0028
 def stored_name(method: str, treatment: str) -> tuple[str, str]:
     "Under which method and treatment the answers of a cell lie: calibration inside MINT is a treatment of the untuned model."
     return ('base', treatment if treatment == 'temperature' else method) if method in INSIDE else (method, treatment)
@@ -172,7 +180,7 @@ def cell(run: Run, method: str, treatment: str, seed: int, form: str = 'names') 
     heat = fit_temperature(parts['calibration'].logp, parts['calibration'].truth) if treatment == 'temperature' else 1.
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
-# %% ../nbs/62_confidence.ipynb #0029
+# %% ../nbs/62_confidence.ipynb #0031
 def measured(answers: Answers, w: np.ndarray) -> dict[str, np.ndarray]:   # metric to (1 + bootstrap,)
     "All measures of one model on one part, for the sample and its resamples."
     p = normalised(answers.logp)
@@ -184,7 +192,7 @@ def over_seeds(values: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:   # e
     drawn = np.vstack([np.full(len(v), 1/len(v)), seed_weights(len(v), v.shape[1] - 1, seed + 1)])
     return (drawn.T*v).sum(0)
 
-# %% ../nbs/62_confidence.ipynb #0031
+# %% ../nbs/62_confidence.ipynb #0033
 def grid_values(
     run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int],
     form: str = 'names', parts: Sequence[str] = ('validation', 'test', 'same', 'style', 'unseen'),
@@ -199,7 +207,7 @@ def grid_values(
                 out |= {(m, t, part, seed, metric): v for metric, v in measured(a, w).items()}
     return out
 
-# %% ../nbs/62_confidence.ipynb #0032
+# %% ../nbs/62_confidence.ipynb #0034
 def as_rows(values: dict[tuple, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, part, seed (-1: all), metric, value, lo, hi
     "Values with 95 % intervals, for each seed and over seeds."
     rows = [(*k, *with_interval(v, k[-1], values[(*k[:-1], PLAIN.get(k[-1], k[-1]))])) for k, v in values.items()]
@@ -209,7 +217,7 @@ def as_rows(values: dict[tuple, np.ndarray], seeds: Sequence[int]) -> pd.DataFra
         rows += [(*c[:3], -1, c[3], *with_interval(v, c[3], whole[(*c[:3], PLAIN.get(c[3], c[3]))])) for c, v in whole.items()]
     return pd.DataFrame(rows, columns=['method', 'treatment', 'part', 'seed', 'metric', 'value', 'lo', 'hi'])
 
-# %% ../nbs/62_confidence.ipynb #0035
+# %% ../nbs/62_confidence.ipynb #0037
 def grid_differences(
     values: dict[tuple, np.ndarray], seeds: Sequence[int], part: str = 'test',
     against: Sequence[tuple[str, str]] = (('mint', 'none'), ('mint', 'temperature')),
@@ -224,7 +232,7 @@ def grid_differences(
             rows.append((m, t, ' + '.join(a), metric, *with_interval(d, metric, plain)))
     return pd.DataFrame(rows, columns=['method', 'treatment', 'against', 'metric', 'diff', 'lo', 'hi'])
 
-# %% ../nbs/62_confidence.ipynb #0039
+# %% ../nbs/62_confidence.ipynb #0041
 def list_values(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> dict[tuple, np.ndarray]:   # keys as in `grid_values`
     "Coverage and length of conformal lists, with their resamples."
     out, w = {}, None
@@ -238,7 +246,7 @@ def list_values(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) 
             out[m, t, 'test', s, f'answers a list, {kind}'] = mean_of(np.array([float(len(l)) for l in lists]), w)
     return out
 
-# %% ../nbs/62_confidence.ipynb #0043
+# %% ../nbs/62_confidence.ipynb #0045
 def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, bin, n, confidence, accuracy, band_lo, band_hi
     "Reliability of each cell over all seeds, and the ECE that honest confidences would show."
     out = []
@@ -248,7 +256,7 @@ def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> 
         out.append(reliability(*(np.concatenate(x) for x in zip(*found))).assign(method=m, treatment=t, band_lo=lo, band_hi=hi))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/62_confidence.ipynb #0044
+# %% ../nbs/62_confidence.ipynb #0046
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
     cohort = 'phenopackets' if run.params.cohort.source else 'simulated'
@@ -262,7 +270,7 @@ def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int])
     write_table(run/'analysis/calibration_bins.parquet', bin_rows(run, grid, seeds).assign(cohort=cohort))
     return t
 
-# %% ../nbs/62_confidence.ipynb #0047
+# %% ../nbs/62_confidence.ipynb #0049
 class Watch(TrainerCallback):
     "Confidence and accuracy on some questions, every few updates."
     def __init__(self, engine: Engine, choices: Sequence[Choice], every: int):
@@ -278,7 +286,7 @@ class Watch(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps: self.look(self.before + state.global_step)
     def on_train_end(self, args, state, control, **kw): self.before += state.global_step
 
-# %% ../nbs/62_confidence.ipynb #0048
+# %% ../nbs/62_confidence.ipynb #0050
 def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the manifest entry
     "Stage: train a method as `align` does and watch its confidence on validation cases."
     p, out, variant = run.params, f'calibrate/trace-{method}-{seed}.parquet', variant_of(method)
@@ -300,7 +308,7 @@ def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the
     return run_stage(run, f'calibrate/trace-{method}-{seed}', body, 'mint_nb.confidence', ['student', 'train', 'calibrate'],
                      ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet'], [out], [method, seed, looks])
 
-# %% ../nbs/62_confidence.ipynb #0052
+# %% ../nbs/62_confidence.ipynb #0054
 VARIED = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.}}
 
 def varied(path: Path | str, name: str, seed: int) -> str:
@@ -312,13 +320,13 @@ def watched(path: Path | str, method: str, seed: int) -> str:
     "`trace` as a job of a worker process."
     return trace(Run(Path(path), open_params(path)), method, seed)['stage']
 
-# %% ../nbs/62_confidence.ipynb #0054
+# %% ../nbs/62_confidence.ipynb #0056
 def spread(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     "How confidences are distributed, and what they are worth."
     low, mid, high = np.quantile(confidence, [.1, .5, .9])
     return dict(accuracy=float(np.mean(correct)), confidence=float(np.mean(confidence)), low=low, median=mid, high=high, ece=calibration_error(confidence, correct)[0], n=len(confidence))
 
-# %% ../nbs/62_confidence.ipynb #0055
+# %% ../nbs/62_confidence.ipynb #0057
 def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'mint')) -> pd.DataFrame:   # kind, method, what, accuracy, confidence, low, median, high, ece, n
     "Confidence over training steps (validation cases) and over beta and epochs (test cases)."
     traces = {m: read_table(run/f'calibrate/trace-{m}-{seed}.parquet') for m in methods}
@@ -329,7 +337,7 @@ def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'm
         rows.append(dict(kind='parameter', method='mint', what=name) | spread(*top(normalised(a.logp), a.truth)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/62_confidence.ipynb #0059
+# %% ../nbs/62_confidence.ipynb #0061
 def run_jobs(
     jobs: Sequence[tuple],   # function and arguments
     workers: int,            # processes, with a thread each; 0: one after the other, here
@@ -345,7 +353,7 @@ def run_jobs(
             for f in progress(as_completed(waiting), desc, total=len(waiting)): f.result()
         except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
 
-# %% ../nbs/62_confidence.ipynb #0061
+# %% ../nbs/62_confidence.ipynb #0063
 def calibrate_run(
     run: Run,
     grid: Optional[dict[str, Sequence[str]]] = None,   # method to treatments
@@ -365,14 +373,14 @@ def calibrate_run(
         if problem and not i: write_table(run/'analysis/calibration_problem.parquet', problem_rows(run, seed))
     return table
 
-# %% ../nbs/62_confidence.ipynb #0064
+# %% ../nbs/62_confidence.ipynb #0066
 def divided(n: int, seed: int) -> tuple[list[int], list[int], list[int]]:   # of calibration, test and training
     "A quarter for calibration, a quarter for the test, the rest for training."
     order, part = np.random.default_rng(seed).permutation(n).tolist(), n//4
     if part < 2: raise InputError(f'{n} questions are too few; 8 are the least', field='questions')
     return order[:part], order[part:2*part], order[2*part:]
 
-# %% ../nbs/62_confidence.ipynb #0065
+# %% ../nbs/62_confidence.ipynb #0067
 def calibrate_questions(
     source: Path | str,            # see `read_questions`
     student: str,                  # a preference-tuned model: folder, hub id, 'smollm2' or 'tiny'

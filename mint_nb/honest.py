@@ -27,11 +27,15 @@ def results_home() -> Path:
     return nbs_folder().parent/'benchmarks/calibration'
 
 # %% ../nbs/66_honest.ipynb #0007
-def write_results(run: Run, name: str, out: Optional[Path] = None) -> list[Path]:
+def write_results(
+    run: Run, name: str, out: Optional[Path] = None,
+    part: Optional[dict[str, Sequence[str]]] = None,   # of the grid; None: all of it
+) -> list[Path]:
     "Copy the tables of a run, with what they come from."
     written, p, seeds = [], run.params, sorted(set(pd.read_parquet(run/'analysis/calibration.parquet').seed) - {-1})
     spent = sum({e['stage']: e['seconds'] for e in run.manifest if e['status'] == 'done'}.values())     # of a stage that ran again, the last
-    head = f"# mint-nb calibrate --out runs/{run.path.name}{' --cases phenopackets.zip' if p.cohort.source else ''}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, seeds))}, " \
+    some = f" --methods {','.join(part)} --treatments {','.join(dict.fromkeys(t for ts in part.values() for t in ts))}" if part else ''
+    head = f"# mint-nb calibrate --out runs/{run.path.name}{' --cases phenopackets.zip' if p.cohort.source else ''}{some}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, seeds))}, " \
            f"stages {spent/60:.0f} min in all, some side by side, on {device_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
     for table in (t for t in TABLES if (run/f'analysis/{t}.parquet').exists()):
         t, file = pd.read_parquet(run/f'analysis/{table}.parquet'), (out or results_home())/f'{name}-{table}.csv'

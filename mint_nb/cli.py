@@ -281,8 +281,7 @@ def calibrate(
     student: Annotated[str, typer.Option(help='model for --questions: smollm2, a folder or a hub id')] = 'smollm2',
     profile: Annotated[str, typer.Option(help='recipe')] = 'calibration',
     out: Annotated[Path, typer.Option(help='run folder')] = Path('runs/calibration'),
-    methods: Annotated[str, typer.Option(help='comma-separated part of the grid; default: all')] = '',
-    treatments: Annotated[str, typer.Option(help='comma-separated part of the grid; default: all')] = '',
+    methods: Annotated[str, typer.Option(help='comma-separated; default: the whole grid')] = '', treatments: Annotated[str, typer.Option(help='comma-separated; default: all')] = '',
     seeds: Annotated[str, typer.Option(help='comma-separated whole numbers; default: those of the recipe')] = '',
     sets: Annotated[Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')] = None,
     workers: Annotated[int, typer.Option(help='processes, with a thread each')] = 2,
@@ -291,8 +290,7 @@ def calibrate(
     from mint_nb.confidence import GRID, REAL_GRID, calibrate_questions, calibrate_run, part_of_grid   # imports torch
     from mint_nb.core import open_run, resolve_params
     from mint_nb.honest import calibration_markdown, results_home, write_results
-    over = (REAL if cases else {}) | run_overrides('disease', cases, 'calibration', None, '', seeds, sets)
-    over.pop('methods', None)
+    over = (REAL if cases else {}) | {k: v for k, v in run_overrides('disease', cases, 'calibration', None, '', seeds, sets).items() if k != 'methods'}
     grid, part = part_of_grid(REAL_GRID if cases else GRID, comma_list(methods), comma_list(treatments)), bool(methods or treatments)
     if questions:
         t = calibrate_questions(questions, student, resolve_params(profile, over), out)

@@ -248,9 +248,10 @@ class Treatment(NamedTuple):
     term: Literal['none', 'em', 'published', 'smoothing'] = 'none'
     keep: float = 1.               # weight of the loss
     onset: float = 0.              # share of the updates before the term over options sets in
+    weight: float = 1.             # of the calibration loss, beside `CalibrateParams.weight`
 
 TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
-              'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em'), 'mint_cal_late': Treatment('orpo', term='em', onset=.5)}
+              'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em'), 'mint_cal_late': Treatment('orpo', term='em', onset=.5, weight=.1)}
 INSIDE = tuple(n for n, t in TREATMENTS.items() if t.loss == 'orpo')   # these train a MINT from the start
 
 # %% ../nbs/42_calibrate.ipynb #0048
@@ -289,7 +290,7 @@ def term(self: CalibrationTrainer, choice: Choice) -> Tensor:
     logp, how, p = choice_logps(self.engine, choice)[None], self.treatment.term, self.options
     if how == 'smoothing': return smoothed_nll(logp, torch.tensor([choice.truth]), p.smoothing)
     if how == 'published': return (1 - self.treatment.keep)*1e-3*published_calibration_loss(logp, self.accuracy)
-    return p.weight*calibration_loss(logp, self.accuracy, p.distance)
+    return self.treatment.weight*p.weight*calibration_loss(logp, self.accuracy, p.distance)
 
 # %% ../nbs/42_calibrate.ipynb #0050
 @patch

@@ -250,7 +250,7 @@ class Treatment(NamedTuple):
     onset: float = 0.              # share of the updates before the term over options sets in
     weight: float = 1.             # of the calibration loss, beside `CalibrateParams.weight`
 
-TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
+TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'rcft_answer': Treatment(term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
               'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em'), 'mint_cal_late': Treatment('orpo', term='em', onset=.5, weight=.1)}
 INSIDE = tuple(n for n, t in TREATMENTS.items() if t.loss == 'orpo')   # these train a MINT from the start
 

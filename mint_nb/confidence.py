@@ -146,6 +146,7 @@ def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = '
 
 # %% ../nbs/62_confidence.ipynb #0024
 GRID: dict[str, Sequence[str]] = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), **dict.fromkeys(INSIDE, ('none', 'temperature'))}
+GRID['mint'] = (*GRID['mint'], 'rcft_answer')
 REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', *INSIDE)}
 
 def part_of_grid(grid: dict[str, Sequence[str]], methods: Sequence[str] = (), treatments: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:   # () leaves all

@@ -59,7 +59,7 @@ def read_results(name: str, folder: Optional[Path] = None) -> Found:
     return Found(head, *(pd.read_csv(f, comment='#') if f.exists() else None for f in files))
 
 # %% ../nbs/66_honest.ipynb #0014
-TREATED = {'none': 'none', 'temperature': 'temperature', 'smoothing': 'label smoothing', 'cft': 'CFT', 'rcft': 'RCFT'}
+TREATED = {'none': 'none', 'temperature': 'temperature', 'smoothing': 'label smoothing', 'cft': 'CFT', 'rcft': 'RCFT', 'rcft_answer': 'RCFT, answer only'}
 SHOWN = {'accuracy': 'top 1, %', 'confidence': 'confidence, %', 'ece': 'ECE, %', 'ece_debiased': 'debiased ECE, %', 'auroc': 'AUROC, %'}
 
 def called(method: str) -> str:
@@ -129,7 +129,7 @@ def regime_figure(
     ax.fill_between(a, b.least, b.upper, color='#f3f4f6'); ax.plot(a, 1 - a, color='#9ca3af', lw=1, ls=(0, (4, 3)))
     ax.text(.5, .53, 'sure of everything: 1 − accuracy', fontsize=8, color='#6b7280')
     t = pooled(found.table).set_index(['method', 'treatment', 'metric']).value
-    marks = dict(zip(TREATED, 'osD^v'))
+    marks = dict(zip(TREATED, 'osD^vP'))
     for m, r in dict.fromkeys((m, r) for m, r, _ in t.index if r in TREATED and (m, r, 'ece') in t.index):
         ax.plot(t[m, r, 'accuracy'], t[m, r, 'ece'], marks[r], color=look(m).colour, ms=7, mec='white', label=f'{called(m)}, {TREATED[r]}')
     ax.set(xlabel='accuracy', ylabel='ECE', xlim=(0, 1), ylim=(0, 1)); fig.legend(loc='outside right center', fontsize=7)
@@ -180,9 +180,12 @@ def judged(x: pd.Series, metric: str, bound: Optional[float]) -> str:   # lo, hi
     return 'yes' if hi <= 0 else 'no' if lo > 0 else 'not shown'
 
 # %% ../nbs/66_honest.ipynb #0036
-def primary_outcome(found: Found, loss: float = .02) -> pd.DataFrame:   # claim, diff, lo, hi, holds, n, groups, seeds
-    "The three claims of the plan about the chosen treatment, each with its paired difference on test cases."
-    m, r = chosen(found)
+def primary_outcome(
+    found: Found, loss: float = .02,
+    cell: Optional[tuple[str, str]] = None,   # method and treatment; None: the chosen one
+) -> pd.DataFrame:       # claim, diff, lo, hi, holds, n, groups, seeds
+    "The three claims of the plan about a treatment, each with its paired difference on test cases."
+    m, r = cell or chosen(found)
     d = found.differences[(found.differences.method == m) & (found.differences.treatment == r)].set_index(['against', 'metric'])
     claims = (('debiased ECE below that of MINT', 'mint + none', 'ece_debiased', 0.), ('debiased ECE not above that of MINT with temperature scaling', 'mint + temperature', 'ece_debiased', 0.),
               (f'top 1 at most {100*loss:.0f} points below that of MINT', 'mint + none', 'accuracy', -loss),
@@ -191,10 +194,10 @@ def primary_outcome(found: Found, loss: float = .02) -> pd.DataFrame:   # claim,
     return pd.DataFrame(rows, columns=['claim', 'diff', 'lo', 'hi', 'holds', 'n', 'groups', 'seeds'])
 
 # %% ../nbs/66_honest.ipynb #0038
-def primary_markdown(found: Found) -> str:
+def primary_markdown(found: Found, cell: Optional[tuple[str, str]] = None) -> str:   # None: the chosen one
     "The primary outcome in words."
-    m, r = chosen(found)
-    t = primary_outcome(found)
+    m, r = cell or chosen(found)
+    t = primary_outcome(found, cell=cell)
     rows = [f"| {x.claim} | {100*x['diff']:+.1f} ({100*x.lo:+.1f} to {100*x.hi:+.1f}) | {x.holds} |" for _, x in t.iterrows()]
-    return '\n'.join([f"Chosen on validation cases: **{called(m)}, {TREATED[r] if m == 'mint' else 'not treated further'}**; {t.n[0]} test cases, {t.groups[0]} groups, {t.seeds[0]} seeds.\n",
+    return '\n'.join([f"{'Not in the plan' if cell else 'Chosen on validation cases'}: **{called(m)}, {TREATED[r] if m == 'mint' else 'not treated further'}**; {t.n[0]} test cases, {t.groups[0]} groups, {t.seeds[0]} seeds.\n",
                       '| claim | difference, × 100 | holds |', '|---|---:|---|', *rows])

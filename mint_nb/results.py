@@ -49,7 +49,7 @@ def standing(
 ) -> str:
     "The best student that reads the note, beside the linear model."
     t = cases[(cases.cohort == cohort) & (cases.condition == '') & (cases.metric == metric)]
-    students = [m for m in t.method.unique() if look(m).kind == 'student']
+    students = [m for m in t.method.unique() if look(m).kind in ('student', 'control')]       # one on true answers is a rival, too
     if not students or not (t.method == 'linear').any(): return ''
     best = max(students, key=lambda m: t[t.method == m].value.mean())
     d = paired_differences(t[t.method == best], t[t.method == 'linear']).iloc[0].to_dict()

@@ -297,7 +297,7 @@ def calibrate(
         typer.echo(t[t.metric.isin(['accuracy', 'ece', 'ece_debiased', 'brier'])].round(4).to_string(index=False)); return
     run = open_run(out, profile, over)
     typer.echo(calibration_markdown(calibrate_run(run, grid, workers=workers, problem=not cases and not part)))
-    if results_home().parent.exists() and profile == 'calibration': typer.echo('\n'.join(map(str, write_results(run, out.name if part else 'phenopackets' if cases else 'simulated', part=grid if part else None))))
+    if results_home().parent.exists() and profile in ('calibration', 'confirmation'): typer.echo('\n'.join(map(str, write_results(run, out.name if part else 'phenopackets' if cases else 'simulated', part=grid if part else None))))
 
 # %% ../nbs/71_cli.ipynb #0041
 @app.command()

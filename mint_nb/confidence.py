@@ -116,7 +116,8 @@ def confide(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # t
         student, rows = load_student(p.student.model, adapter=adapter and run/adapter, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), []
         for part, (cases, catalogue) in parts_of_run(run).items():
             ranker, truths = ranker_of(run, student, catalogue), get_task(p.task)
-            forms = {'names': name_choices(ranker, cases), 'letters': case_choices(student, truths, catalogue, cases, p.calibrate.options, p.cohort.seed)}
+            forms = {'names': name_choices(ranker, cases)}
+            if p.calibrate.options: forms['letters'] = case_choices(student, truths, catalogue, cases, p.calibrate.options, p.cohort.seed)
             for form, choices in forms.items():
                 if form == 'letters' and part == 'validation': continue
                 logp = choice_table(ranker.engine, choices, f'{method}, {treatment}: {part}, {form}')
@@ -262,7 +263,7 @@ def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> 
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
     cohort = 'phenopackets' if run.params.cohort.source else 'simulated'
-    names, letters = (grid_values(run, grid, seeds, form) for form in ('names', 'letters'))
+    names, letters = (grid_values(run, grid, seeds, form) if form == 'names' or run.params.calibrate.options else {} for form in ('names', 'letters'))
     sizes = {part: (len(a.truth), len(set(a.groups))) for part, a in cell(run, next(iter(grid)), 'none', seeds[0]).items()}
     t = pd.concat([as_rows(v, seeds).assign(form=form) for form, v in (('names', names | list_values(run, grid, seeds)), ('letters', letters))], ignore_index=True)
     t = t.assign(cohort=cohort, n=t.part.map(lambda p: sizes[p][0]), groups=t.part.map(lambda p: sizes[p][1]))

@@ -305,7 +305,7 @@ class AnalysisParams(Section):
 # %% ../nbs/00_core.ipynb #0045
 class CalibrateParams(Section):
     "Confidence, and what is done about it (42_calibrate)."
-    options: int = 4                # of a multiple-choice question
+    options: int = 4                # of a multiple-choice question; 0: none is asked
     epochs: float = 1.              # of a treatment, over the training cases
     lr: float = 5e-5                # set once, on another cohort than the calibration study's: at 2e-4 RCFT lost the task
     smoothing: float = 0.1          # label smoothing

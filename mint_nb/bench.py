@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from .core import StudentParams, TrainParams, device_name, progress, read_json, versions, write_json
 from .decode import NameTrie, beam_names, decode_batch
 from .doctor import count_work
-from .engine import Engine, Item, PreferenceTrainer, TensorStore, trainer_settings, trl_rows, trl_trainer
+from .engine import Engine, Item, PreferenceTrainer, TensorStore, parts_of, trainer_settings, trl_rows, trl_trainer
 from .losses import Logps
 from .students import EOS, PAD, Student, add_lora, load_student
 from .tasks import Catalogue, get_task
@@ -84,27 +84,30 @@ class SeparateRows(Engine):
 
 # %% ../nbs/36_bench.ipynb #0015
 WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared prompt': dict(budget=1), 'packed': dict(budget=10**6),
-        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True), 'packed response': dict(budget=10**6, nll_on='response')}
+        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True), 'packed response': dict(budget=10**6, nll_on='response'),
+        'TRL compiled': None, 'compiled': dict(budget=10**6, compiled=True), 'compiled response': dict(budget=10**6, nll_on='response', compiled=True)}
 
 # %% ../nbs/36_bench.ipynb #0016
 def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> Callable[[], float]:
     "A function that takes a step one way, and leaves the gradients in the model."
-    how: dict[str, Any] = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, **(WAYS[way] or {})}
+    how: dict[str, Any] = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, 'compiled': False, **(WAYS[way] or {})}
     params = TrainParams(batch=len(items), nll_on=how['nll_on'], beta=.1)
     settings = trainer_settings(params, folder, 1, 1e-4, 0)
-    base = student.model.get_base_model()
-    if way == 'TRL':
+    base, layers, fast = student.model.get_base_model(), parts_of(student.model)[0].layers, None
+    if way.startswith('TRL'):
         base.set_attn_implementation('sdpa')
         trainer = trl_trainer(student, items, 'orpo', params, settings | dict(bf16=torch.cuda.is_available()))
         batch = trainer.data_collator(trl_rows(items, 'orpo'))
         inputs = lambda: {**batch}
+        if way == 'TRL compiled': fast = [torch.compile(l._call_impl) for l in layers]
     else:
-        engine = how['kind'](student, TensorStore(), how['cached'], how['budget'])
+        engine = how['kind'](student, TensorStore(), how['cached'], how['budget'], compiled=how['compiled'])
         trainer = PreferenceTrainer(student, engine, 'orpo', params, args=TrainingArguments(**settings), train_dataset=list(items))
         inputs = lambda: {'items': list(items)}
     trainer.current_gradient_accumulation_steps, attention = 1, base.config._attn_implementation
     def step():
         base.set_attn_implementation(attention)      # the ways share a model and, on CUDA, not the attention
+        for l, f in zip(layers, fast or [None]*len(layers)): l._compiled_call_impl = f      # what Module.compile sets, for this way alone
         student.model.zero_grad()
         loss = float(trainer.training_step(student.model, inputs()))
         if torch.cuda.is_available(): torch.cuda.synchronize()

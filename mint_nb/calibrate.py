@@ -19,13 +19,12 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers import TrainingArguments
 
 from .calibration import bin_of
 from .candidates import CandidateRanker, NamePaths, name_logps, name_paths
 from .core import CalibrateParams, InputError, TrainParams, printable, progress
-from .engine import Bar, Engine, Item, PreferenceTrainer, trainer_settings
+from .engine import Bar, Engine, Item, PreferenceTrainer, quiet, trainer_settings
 from .losses import Total
 from .students import Student
 from .tasks import Case, Catalogue, Rankings, Task, make_rankings
@@ -328,8 +327,7 @@ def treat_student(
     settings = trainer_settings(train, folder, steps, lr, seed) | {'save_strategy': 'no'}
     trainer = CalibrationTrainer(student, engine or Engine(student), how, train, params, choices, held, params.every,
                                  args=TrainingArguments(**settings), train_dataset=list(items or [c.item() for c in choices]))
-    for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
-    for callback in (Bar(treatment), *([watch] if watch else [])): trainer.add_callback(callback)
+    for callback in (Bar(treatment), *([watch] if watch else [])): quiet(trainer).add_callback(callback)
     trainer.train()
     student.model.eval()
     return trainer

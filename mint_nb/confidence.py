@@ -18,8 +18,7 @@ from typing import NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
 from peft import load_peft_weights, set_peft_model_state_dict
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from .align import SCHEDULES, align, items_of, updates
 from .calibrate import INSIDE, CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
@@ -27,7 +26,7 @@ from .calibration import MEASURES, PLAIN, calibration_error, calibration_table, 
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
 from .core import InputError, Params, Run, atomic_path, open_params, progress, read_table, run_stage, write_json, write_table
-from .engine import Engine, TensorStore, reference_logps, trainer_settings
+from .engine import Engine, TensorStore, quiet, reference_logps, trainer_settings
 from .losses import LOSSES
 from .metrics import seed_weights
 from .ontology import load_ontology
@@ -305,8 +304,7 @@ def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the
             settings = trainer_settings(p.train, run/'calibrate/work', steps, p.train.dpo_lr if relative else p.train.lr, seed) | {'save_strategy': 'no'}
             trainer = CalibrationTrainer(student, ranker.engine, Treatment(phase.loss, p.train.nll_on), p.train, p.calibrate, [], [],
                                          reference=reference_logps(ranker.engine, items) if relative else None, args=TrainingArguments(**settings), train_dataset=list(items))
-            for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
-            trainer.add_callback(watch); trainer.train()
+            quiet(trainer).add_callback(watch); trainer.train()
         write_table(run/out, pd.DataFrame(watch.rows).assign(method=method, seed=seed))
     return run_stage(run, f'calibrate/trace-{method}-{seed}', body, 'mint_nb.confidence', ['student', 'train', 'calibrate'],
                      ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet'], [out], [method, seed, looks])

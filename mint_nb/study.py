@@ -299,12 +299,13 @@ def cohort_results(
 # %% ../nbs/61_study.ipynb #0041
 COMPARED = (('mint', 'sft', 'the odds term (primary)'), ('mint', 'dpo', 'ORPO against DPO, as many updates'), ('mint', 'dpo_full', 'ORPO against all of SFT and then DPO'), ('mint', 'mint_note', 'the second view'),
             ('mint', 'sft_gold', 'a ranking against true answers'), ('mint', 'sft_gold_short', 'a ranking against true answers, as many epochs'), ('mint', 'mint_shuffled', "the patient's own ranking"),
-            ('mint', 'mint_drop', 'keeping what misses the truth'), ('mint_list', 'mint', 'four rejected lists at once'), ('mint', 'linear', 'the linear model'))
+            ('mint', 'mint_drop', 'keeping what misses the truth'), ('mint_list', 'mint', 'four rejected lists at once'), ('mint', 'linear', 'the linear model'),
+            ('teacher', 'teacher_note', 'the second view, in the teacher (not in the plan)'), ('sft_gold', 'linear', 'true answers against the linear model (not in the plan)'))
 
 def comparisons(
     cases: pd.DataFrame, cohort: str, condition: str = '', metric: str = 'top1',
 ) -> pd.DataFrame:   # a, b, question, metric, diff, lo, hi, n, groups, seeds
-    "The planned paired differences that can be computed."
+    "The planned paired differences that can be computed, and two for the reading."
     t = cases[(cases.cohort == cohort) & (cases.condition == condition) & (cases.metric == metric)]
     by = dict(iter(t.groupby('method')))
     out = [paired_differences(by[a], by[b]).assign(a=a, b=b, question=q) for a, b, q in COMPARED if a in by and b in by]

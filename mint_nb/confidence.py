@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'FITTED', 'GRID', 'REAL_GRID', 'VARIED', 'unseen_cases', 'spread_over', 'restyled', 'parts_of_run',
-           'ranker_of', 'fresh_student', 'treat', 'confide', 'Answers', 'read_answers', 'part_of_grid', 'chain',
-           'stored_name', 'cell', 'measured', 'over_seeds', 'grid_values', 'as_rows', 'grid_differences', 'list_values',
-           'bin_rows', 'write_tables', 'Watch', 'trace', 'varied', 'watched', 'spread', 'problem_rows', 'run_jobs',
-           'calibrate_run', 'divided', 'calibrate_questions']
+           'ranker_of', 'fresh_student', 'treat', 'confide', 'Answers', 'read_answers', 'part_of_grid', 'chain', 'cell',
+           'measured', 'over_seeds', 'grid_values', 'as_rows', 'grid_differences', 'list_values', 'bin_rows',
+           'write_tables', 'Watch', 'trace', 'varied', 'watched', 'spread', 'problem_rows', 'run_jobs', 'calibrate_run',
+           'divided', 'calibrate_questions']
 
 # %% ../nbs/62_confidence.ipynb #0003
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -171,12 +171,8 @@ def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -
     return f'{method}-{seed}'
 
 # %% ../nbs/62_confidence.ipynb #0028
-def stored_name(method: str, treatment: str) -> tuple[str, str]:
-    "Under which method and treatment the answers of a cell lie: calibration inside MINT is a treatment of the untuned model."
-    return ('base', treatment if treatment == 'temperature' else method) if method in INSIDE else (method, treatment)
-
 def cell(run: Run, method: str, treatment: str, seed: int, form: str = 'names') -> dict[str, Answers]:
-    "The answers of one cell of the grid, by part."
+    "The answers of one cell of the grid, by part; those of calibration inside MINT lie with the untuned model."
     if method not in INSIDE: return read_answers(run, method, treatment, seed, form)
     parts = read_answers(run, 'base', method, seed, form)
     heat = fit_temperature(parts['calibration'].logp, parts['calibration'].truth) if treatment == 'temperature' else 1.

@@ -192,21 +192,22 @@ def judged(x: pd.Series, metric: str, bound: Optional[float]) -> str:   # lo, hi
 def primary_outcome(
     found: Found, loss: float = .02,
     cell: Optional[tuple[str, str]] = None,   # method and treatment; None: the chosen one
+    margin: Optional[float] = None,           # of the second claim, in the confirmation's plan, which judges the scores, too
 ) -> pd.DataFrame:       # claim, diff, lo, hi, holds, n, groups, seeds
-    "The three claims of the plan about a treatment, each with its paired difference on test cases."
+    "The claims of the plan about a treatment, each with its paired difference on test cases."
     m, r = cell or chosen(found)
     d = found.differences[(found.differences.method == m) & (found.differences.treatment == r)].set_index(['against', 'metric'])
-    claims = (('debiased ECE below that of MINT', 'mint + none', 'ece_debiased', 0.), ('debiased ECE not above that of MINT with temperature scaling', 'mint + temperature', 'ece_debiased', 0.),
+    claims = (('debiased ECE below that of MINT', 'mint + none', 'ece_debiased', 0.), (f'debiased ECE {f"at most {100*margin:.0f} points" if margin else "not"} above that of MINT with temperature scaling', 'mint + temperature', 'ece_debiased', margin or 0.),
               (f'top 1 at most {100*loss:.0f} points below that of MINT', 'mint + none', 'accuracy', -loss),
-              *((f'{label} score beside that of {name} (no bins)', a, k, None) for k, label in (('brier', 'Brier'), ('nll', 'log')) for a, name in (('mint + none', 'MINT'), ('mint + temperature', 'MINT with temperature scaling'))))
+              *((f'{label} score {"below" if margin else "beside"} that of {name} (no bins)', a, k, 0. if margin else None) for k, label in (('brier', 'Brier'), ('nll', 'log')) for a, name in (('mint + none', 'MINT'), ('mint + temperature', 'MINT with temperature scaling'))))
     rows = [(what, x['diff'], x.lo, x.hi, judged(x, k, bound), x.n, x.groups, x.seeds) for what, a, k, bound in claims for x in [d.loc[(a, k)]]]
     return pd.DataFrame(rows, columns=['claim', 'diff', 'lo', 'hi', 'holds', 'n', 'groups', 'seeds'])
 
 # %% ../nbs/66_honest.ipynb #0038
-def primary_markdown(found: Found, cell: Optional[tuple[str, str]] = None) -> str:   # None: the chosen one
-    "The primary outcome in words."
+def primary_markdown(found: Found, cell: Optional[tuple[str, str]] = None, margin: Optional[float] = None) -> str:   # cell: None for the chosen one
+    "The claims of a plan and what became of them."
     m, r = cell or chosen(found)
-    t = primary_outcome(found, cell=cell)
+    t, why = primary_outcome(found, cell=cell, margin=margin), 'Planned before this run' if margin else 'Not in the plan' if cell else 'Chosen on validation cases'
     rows = [f"| {x.claim} | {100*x['diff']:+.1f} ({100*x.lo:+.1f} to {100*x.hi:+.1f}) | {x.holds} |" for _, x in t.iterrows()]
-    return '\n'.join([f"{'Not in the plan' if cell else 'Chosen on validation cases'}: **{called(m)}, {TREATED[r] if m == 'mint' else 'not treated further'}**; {t.n[0]} test cases, {t.groups[0]} groups, {t.seeds[0]} seeds.\n",
+    return '\n'.join([f"{why}: **{called(m)}, {TREATED[r] if m == 'mint' else 'not treated further'}**; {t.n[0]} test cases, {t.groups[0]} groups, {t.seeds[0]} seeds.\n",
                       '| claim | difference, × 100 | holds |', '|---|---:|---|', *rows])

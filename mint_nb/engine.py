@@ -188,10 +188,11 @@ def split_backbone(
         return v
     return view(slice(0, depth), nn.Identity()), view(slice(depth, None), None)
 
+# %% ../nbs/32_engine.ipynb #1b6d3594
 def compiled_layers(backbone: nn.Module) -> nn.Module:
     "A shallow view of a decoder whose layers are compiled; the model itself stays as it is."
     v = split_backbone(backbone, 0)[1]
-    v.layers = nn.ModuleList([torch.compile(l) for l in v.layers])
+    v.layers = nn.ModuleList([torch.compile(l) for l in v.layers])     # type: ignore[misc]   # of a module it makes a module
     return v
 
 # %% ../nbs/32_engine.ipynb #0033

@@ -235,9 +235,8 @@ class Engine:
         self.student, self.model, self.store, self.chunk = student, student.model, store or TensorStore(), chunk
         self.backbone, self.head = parts_of(student.model)
         self.config, self.device = self.backbone.config, self.head.weight.device
-        self.cap, self.budget = getattr(self.config, 'final_logit_softcapping', None), budget or (16384 if self.device.type == 'cuda' else 512)
+        self.cap, self.budget, self.multiple = getattr(self.config, 'final_logit_softcapping', None), *((budget or 16384, multiple or 512) if self.device.type == 'cuda' else (budget or 512, multiple or 1))
         self.half, self.flex = self.head.weight.dtype == torch.bfloat16, self.device.type == 'cuda'    # half: the float32 adapter multiplies in bfloat16 too
-        self.multiple = multiple or (512 if self.flex else 1)
         self.depth = (0 if vision_trains(student) else first_trainable(self.backbone)) if depth is None else depth
         self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
         if compiled: self.upper = compiled_layers(self.upper)
@@ -248,8 +247,6 @@ class Engine:
         "What an item's states depend on besides its tokens: the image and the tower that encodes it."
         return [file_digest(item.image), self.vision_key] if item.image else []
 
-    def _autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
-
 # %% ../nbs/32_engine.ipynb #0038
 def weights_key(engine: Engine) -> str:
     "What the frozen depth depends on besides the tokens."
@@ -257,6 +254,9 @@ def weights_key(engine: Engine) -> str:
     return digest([engine.student.name, engine.depth, some])
 
 # %% ../nbs/32_engine.ipynb #0039
+@patch
+def _autocast(self: Engine): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
 @patch
 def forward(self: Engine, layers: nn.Module, items: Sequence[Item], row: Row, below: Optional[Tensor] = None) -> Tensor:   # (L, H)
     "States of a row behind some layers; the layers read tokens and images, or what is below them."

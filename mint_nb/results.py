@@ -37,10 +37,10 @@ def show_cohort(cases: pd.DataFrame, cohort: str, condition: str = '') -> None:
     if t.empty: display(Markdown('*Not yet run.*')); return
     wide = results_wide(t, ('top1', 'top5', 'top10'), simulated=cohort == 'simulated')
     seeds = cases[(cases.cohort == cohort) & (cases.condition == condition)].seed.nunique()
-    display(Markdown(results_markdown(wide, f'{cohort} cohort, {t.n.max():.0f} test cases in {t.groups.max():.0f} groups, {seeds} seed(s); per cent with 95 % intervals.')))
+    display(Markdown(results_markdown(wide, f'{cohort} cohort{condition and ", " + condition}, {t.n.max():.0f} test cases in {t.groups.max():.0f} groups, {seeds} seed(s); per cent with 95 % intervals.')))
     display(Markdown('\n'.join(f'- *{r["question"]}*. {verdict(r)}' for r in comparisons(cases, cohort, condition).to_dict('records'))))
     if not condition: display(Markdown(standing(cases, cohort)))
-    print(commands(cohort, condition))
+    display(Markdown(f'```bash\n{commands(cohort, condition)}\n```'))       # in its place; what is printed is gathered above
 
 # %% ../nbs/63_results.ipynb #0010
 def standing(

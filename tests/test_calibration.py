@@ -120,5 +120,6 @@ def test_command_names_a_bad_question(tmp_path):
 
 
 def test_every_treatment_is_explained():
+    from mint_nb.confidence import FITTED
     from mint_nb.honest import TREATED
-    assert set(TREATED) - {'none', 'temperature'} <= set(TREATMENTS)
+    assert set(TREATED) - {'none', *FITTED} <= set(TREATMENTS)

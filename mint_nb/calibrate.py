@@ -327,7 +327,8 @@ def treat_student(
     settings = trainer_settings(train, folder, steps, lr, seed) | {'save_strategy': 'no'}
     trainer = CalibrationTrainer(student, engine or Engine(student), how, train, params, choices, held, params.every,
                                  args=TrainingArguments(**settings), train_dataset=list(items or [c.item() for c in choices]))
-    for callback in (Bar(treatment), *([watch] if watch else [])): quiet(trainer).add_callback(callback)
+    quiet(trainer)
+    for callback in (Bar(treatment), *([watch] if watch else [])): trainer.add_callback(callback)
     trainer.train()
     student.model.eval()
     return trainer

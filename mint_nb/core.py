@@ -257,7 +257,7 @@ class TrainParams(Section):
     simpo_gamma: float = 0.5        # margin that SimPO asks for
     nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'   # tokens and mean of the likelihood term, see 31_losses
     engine: Literal['auto', 'mint', 'separate', 'trl'] = 'mint'   # ours; a row for each answer; TRL's own trainers; auto: the first of them that the model takes
-    compiled: bool = False          # our engine's layers on CUDA through torch.compile: half a minute at first, then faster steps (36_bench has figures); pays for long trainings of large models
+    compiled: bool = False          # our engine's layers on CUDA through torch.compile: slow at first, then faster steps (67_gpucheck has figures); pays for long trainings of large models
     processes: int = Field(default=1, ge=1)   # data-parallel processes of one training, started with `accelerate launch`
     accelerate: Optional[str] = None          # an accelerate configuration for them: a YAML file, or `fsdp2`
     checkpoint_every: int = 100     # updates between checkpoints

@@ -9,23 +9,21 @@ __all__ = ['SCHEDULES', 'Phase', 'updates', 'run_phase', 'long_log', 'warm_up', 
 # %% ../nbs/39_align.ipynb #0003
 import contextlib, os, shutil
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
 
-import numpy as np, pandas as pd, torch
-from peft import load_peft_weights, set_peft_model_state_dict
+import numpy as np
 
 from .core import InputError, Params, Run, atomic_path, read_json, run_stage, stage_key, write_json, write_table
 from .tasks import get_task
-from .vision import learn_words, make_tower
 from .cohort import cohort_captions, cohort_cases, make_cohort, shows_cases
-from .doctor import diagnose, items_of
 from .launch import first_process, run_together
 from .pairs import refuse, without_cases
 from .preferences import preference_rows, preferences, variant_of
-from .students import Student, add_lora, attach_tower, has_vision, load_student
-from .engine import Engine, Item, SeparateEngine, TensorStore, caption_items, choose_engine, learn_captions, reference_logps, save_adapter, train
-from .losses import LOSSES
-from .decode import images_of
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
+    from mint_nb.engine import Engine, Item, SeparateEngine
+    from mint_nb.students import Student
 
 # %% ../nbs/39_align.ipynb #0005
 class Phase(NamedTuple):
@@ -48,12 +46,15 @@ def updates(
 
 # %% ../nbs/39_align.ipynb #0008
 def run_phase(
-    student: Student,
-    engine: Optional[Engine | SeparateEngine],   # None: TRL trains
-    items: Sequence[Item],
+    student: 'Student',
+    engine: 'Optional[Engine | SeparateEngine]',   # None: TRL trains
+    items: 'Sequence[Item]',
     phase: Phase, steps: int, params: Params, folder: Path, seed: int,
 ) -> list[dict]:            # what was logged
     "Train one phase, or load what it left if it is already done."
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from mint_nb.engine import reference_logps, train
+    from mint_nb.losses import LOSSES
     done = folder/'adapter'
     if done.exists():
         set_peft_model_state_dict(student.model, load_peft_weights(str(done), device=str(student.device)))
@@ -64,8 +65,10 @@ def run_phase(
     keep(student.model, done)
     return log
 
-def long_log(logs: list[tuple[str, list[dict]]]) -> pd.DataFrame:
+# %% ../nbs/39_align.ipynb #0008a
+def long_log(logs: list[tuple[str, list[dict]]]) -> 'pd.DataFrame':
     "Logged values as a long table: phase, step (counted over phases), epoch, name, value."
+    import pandas as pd
     rows, before = [], 0
     for phase, log in logs:
         rows += [dict(phase=phase, step=before + r['step'], epoch=float(r['epoch']), name=k, value=float(v))
@@ -82,6 +85,11 @@ def warm_up(
     p, out = run.params, f'align/warmup-{seed}'
     make_cohort(run)
     def body():
+        import pandas as pd
+        from mint_nb.decode import images_of
+        from mint_nb.engine import caption_items, learn_captions
+        from mint_nb.students import attach_tower, load_student
+        from mint_nb.vision import learn_words, make_tower
         student, train = load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), cohort_cases(run, 'train')
         table = student.model.get_input_embeddings().weight.detach().float()
         tower = make_tower(p.vision, table.shape[1], table.square().mean().sqrt().item(), seed)
@@ -102,15 +110,18 @@ def needs_warm_up(run: Run, seed: int = 0) -> list[str]:
 def vision_for(run: Run, seed: int = 0) -> Optional[Path | str]:
     "What the student of a run sees with: nothing, its own encoder, or the tower of the warm-up."
     if get_task(run.params.task).view != 'image': return None
+    from mint_nb.students import has_vision
     return 'own' if has_vision(run.params.student.model) else run/f'align/warmup-{seed}/tower'
 
-def student_of(run: Run, seed: int) -> Student:
+def student_of(run: Run, seed: int) -> 'Student':
     "The base student of a run with a fresh adapter, and a vision tower if its task shows an image."
+    from mint_nb.students import add_lora, load_student
     p, vision = run.params, vision_for(run, seed)
     return add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision, vision=vision), p.student, seed, p.vision.tune if vision else 'none')
 
-def load_aligned(run: Run, method: str, seed: int = 0) -> Student:
+def load_aligned(run: Run, method: str, seed: int = 0) -> 'Student':
     "The base student ('base') or an aligned one, its adapter merged for fast decoding."
+    from mint_nb.students import load_student
     p, vision = run.params.student, vision_for(run, seed)
     if method == 'base': return load_student(p.model, load_in_4bit=p.load_in_4bit, precision=p.precision, vision=vision)
     folder = run/f'align/{method}-{seed}/adapter'
@@ -120,10 +131,14 @@ def load_aligned(run: Run, method: str, seed: int = 0) -> Student:
 # %% ../nbs/39_align.ipynb #0014
 def keep(model: Any, folder: Path) -> None:
     "Write an adapter: every process calls this, the first one writes."
+    from mint_nb.engine import save_adapter
     with atomic_path(folder) if first_process() else contextlib.nullcontext(folder) as tmp: save_adapter(model, tmp, first_process())
 
 def train_method(run: Run, method: str, seed: int, work: Path | str) -> None:
     "Train a method in this process, alone or as one of several; the first one writes adapter and log. Phases and checkpoints lie in `work`."
+    import torch
+    from mint_nb.doctor import diagnose, items_of
+    from mint_nb.engine import TensorStore, choose_engine
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     p, variant, out = run.params, variant_of(method), run/f'align/{method}-{seed}'
     student, rows, cases = student_of(run, seed), preference_rows(run, seed, variant), cohort_cases(run)

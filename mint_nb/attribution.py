@@ -8,23 +8,25 @@ __all__ = ['mean_colour', 'covered', 'tile_map', 'tower_of', 'true_answer', 'mas
 # %% ../nbs/44_attribution.ipynb #0003
 import tempfile
 from pathlib import Path
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
-import numpy as np, pandas as pd, torch
-from PIL import Image
+import numpy as np
 
-from .candidates import CandidateRanker, name_logps
 from .core import InputError, progress
-from .decode import images_of
-from .engine import Engine, Item
 from .metrics import grouped_bootstrap
-from .students import Student
 from .tasks import Case
-from .vision import VisionTower
+
+if TYPE_CHECKING:   # imported where they are used
+    from PIL import Image
+    import pandas as pd
+    from mint_nb.candidates import CandidateRanker
+    from mint_nb.students import Student
+    from mint_nb.vision import VisionTower
 
 # %% ../nbs/44_attribution.ipynb #0010
 def mean_colour(images: Sequence[Path | str]) -> np.ndarray:   # (3,) bytes
     "Mean colour of some tiles."
+    from PIL import Image
     return np.mean([np.asarray(Image.open(i).convert('RGB')).reshape(-1, 3).mean(0) for i in images], axis=0).round().astype(np.uint8)
 
 def covered(
@@ -32,8 +34,9 @@ def covered(
     cells: Sequence[int],    # of the grid, row by row
     grid: int,               # cells a side
     fill: np.ndarray,        # (3,) colour of the cover
-) -> Image.Image:
+) -> 'Image.Image':
     "A tile with some cells covered."
+    from PIL import Image
     x = np.asarray(Image.open(image).convert('RGB')).copy()
     edge = lambda i, n: round(i*n/grid)
     for c in cells:
@@ -43,13 +46,15 @@ def covered(
 
 # %% ../nbs/44_attribution.ipynb #0013
 def tile_map(
-    ranker: CandidateRanker,    # of a student with a `VisionTower`
+    ranker: 'CandidateRanker',  # of a student with a `VisionTower`
     case: Case,
     answer: str,                # id of the answer whose log-probability is explained
     fill: np.ndarray,           # (3,) colour of the tile that says nothing, from `mean_colour`
     steps: int = 4,             # places on the way from there to the tile
 ) -> np.ndarray:                # (grid, grid), rows from the top, nats; larger speaks more for the answer
     "Integrated gradients of the cells of a tile."
+    import torch
+    from mint_nb.engine import Engine, Item
     tower, kept, plain = tower_of(ranker.student), [], ((torch.as_tensor(fill).float()/255 - .5)/.25)[:, None, None]
     way = ((torch.arange(steps) + .5)/steps)[:, None, None, None]
     def walk(module, args):
@@ -63,29 +68,33 @@ def tile_map(
     return (kept[1]*kept[0].grad).sum(1).mean(0).reshape(g, s, g, s).sum((1, 3)).cpu().numpy()
 
 # %% ../nbs/44_attribution.ipynb #0014
-def tower_of(student: Student) -> VisionTower:
+def tower_of(student: 'Student') -> 'VisionTower':
     "The tower of a student; where PEFT keeps a trained copy of it, the copy."
+    from mint_nb.vision import VisionTower
     tower = student.vision.modules_to_save['default'] if hasattr(student.vision, 'modules_to_save') else student.vision
     if not isinstance(tower, VisionTower): raise InputError('has no tower whose cells could be told apart', field='student.model', record=student.name)
     return tower
 
 # %% ../nbs/44_attribution.ipynb #0017
-def true_answer(ranker: CandidateRanker, case: Case, image: Path | str) -> tuple[float, bool]:
+def true_answer(ranker: 'CandidateRanker', case: Case, image: Path | str) -> tuple[float, bool]:
     "Probability of the true answer as the first one, with this image, and whether no other name is likelier."
+    from mint_nb.candidates import name_logps
     logps = name_logps(ranker.engine, ranker.context(case), ranker.names, str(image))
     truth = ranker.catalogue.index[case.labels[ranker.task.label]]
     return float(logps[truth].detach().exp()), int(logps.argmax()) == truth
 
 # %% ../nbs/44_attribution.ipynb #0019
 def masking_check(
-    ranker: CandidateRanker,
+    ranker: 'CandidateRanker',
     cases: Sequence[Case],   # with a label
     maps: dict[str, np.ndarray],   # case id to the map of its true answer
     share: float = .25,      # of the cells that are covered
     draws: int = 3,          # random choices of cells for each tile
     seed: int = 0,
-) -> pd.DataFrame:           # case_id, group; whole, top, random: probability of the true answer; whole_right, ...: share of answers that are right
+) -> 'pd.DataFrame':         # case_id, group; whole, top, random: probability of the true answer; whole_right, ...: share of answers that are right
     "What covering the most important cells does to the answer, against covering random ones."
+    import pandas as pd
+    from mint_nb.decode import images_of
     rng, rows, grid = np.random.default_rng(seed), [], tower_of(ranker.student).grid
     n, fill = max(1, round(share*grid**2)), mean_colour(images_of(ranker.task, cases, ranker.folder))
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +110,7 @@ def masking_check(
 
 # %% ../nbs/44_attribution.ipynb #0020
 def masking_effect(
-    table: pd.DataFrame,      # from `masking_check`
+    table: 'pd.DataFrame',    # from `masking_check`
     bootstrap: int = 2000,    # resamples of groups
     suffix: str = '_right',   # '_right' compares accuracies, '' probabilities of the true answer
 ) -> dict[str, float]:        # whole; lost by covering important cells, by covering random ones, and the difference with its 95 % interval

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DISK', 'REAL', 'app', 'RunDir', 'MAIN', 'clean_errors', 'leave', 'parse_sets', 'comma_list', 'case_overrides',
-           'with_clean', 'run_overrides', 'results_csv', 'show_report', 'run', 'opened', 'status', 'report', 'predict',
-           'fetch', 'machine_facts', 'doctor', 'bench', 'study', 'calibrate', 'folds', 'grid', 'export', 'gpu_check']
+           'with_clean', 'run_overrides', 'say_version', 'before', 'results_csv', 'show_report', 'run', 'opened',
+           'status', 'report', 'predict', 'fetch', 'machine_facts', 'doctor', 'bench', 'study', 'calibrate', 'folds',
+           'grid', 'export', 'gpu_check']
 
 # %% ../nbs/71_cli.ipynb #0003
 import errno, functools, os, shutil
@@ -14,8 +15,8 @@ from typing import Annotated, Any, Callable, Optional
 
 import typer, yaml
 
+from . import __version__
 from .core import InputError, Run, atomic_path, cache_dir, open_params, read_json, read_table, versions
-from .pipeline import NotebookFailed, minutes, nbs_folder, run_pipeline, status as run_status
 
 # %% ../nbs/71_cli.ipynb #0006
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)    # a disk that is full, a folder without the right to write
@@ -26,7 +27,10 @@ def clean_errors(command: Callable) -> Callable:
     def wrapped(*args, **kw):
         try: return command(*args, **kw)
         except InputError as e: return leave(f'error: {e}', 2)
-        except NotebookFailed as e: return leave(f'error: {e}', 2 if e.error == 'InputError' else 1)
+        except RuntimeError as e:
+            from mint_nb.pipeline import NotebookFailed
+            if not isinstance(e, NotebookFailed): raise
+            return leave(f'error: {e}', 2 if e.error == 'InputError' else 1)
         except KeyboardInterrupt: return leave('stopped; the same command goes on from here', 130)
         except OSError as e:
             if e.errno not in DISK: raise
@@ -92,10 +96,23 @@ def run_overrides(
     elif cases: out['methods'] = with_clean(list(resolve_params(profile, {'task': task}).methods))
     return out | parse_sets(sets or [])
 
-# %% ../nbs/71_cli.ipynb #0019
+# %% ../nbs/71_cli.ipynb #0018a
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={'help_option_names': ['-h', '--help']},
                   help='Align a language model that reads only the note with what a model knows that also saw the patient. '
                        'Research use only, not for clinical decision making.')
+
+def say_version(asked: bool) -> None:
+    "Print the version and leave, if `--version` is given."
+    if not asked: return
+    typer.echo(f'mint-nb {__version__}')
+    raise typer.Exit()
+
+@app.callback()
+def before(
+    version: Annotated[bool, typer.Option('--version', callback=say_version, is_eager=True, help='show the version')] = False,
+): pass
+
+# %% ../nbs/71_cli.ipynb #0019
 RunDir = Annotated[Path, typer.Argument(help='run folder')]
 MAIN = ('top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car')   # metrics of the short table
 
@@ -103,6 +120,7 @@ def results_csv(
     run: Run,      # finished
 ) -> str:          # a small table to commit, with what it comes from in its first lines
     "The main results of a run as CSV."
+    from mint_nb.pipeline import minutes
     t = read_table(run/'analysis/table.parquet')
     t = t[t.metric.isin(MAIN) & t.method.isin(run.params.methods)]
     last = {e['stage']: e for e in run.manifest if e['status'] == 'done'}.values()
@@ -141,6 +159,7 @@ def run(
     show_cases: Annotated[bool, typer.Option('--show-cases', help='real cases: executed notebooks and the report may show some, with notes and identifiers')] = False,
 ):
     "Run the pipeline, or go on with it; prints an estimate, a line per step, and the table of results."
+    from mint_nb.pipeline import run_pipeline
     out = out or Path('runs')/Path(profile).stem
     done = run_pipeline(out, profile, run_overrides(task, cases, profile, max_cases, methods, seeds, sets) | ({'show_cases': True} if show_cases else {}), until, workers=workers)
     if not until: show_report(done)
@@ -151,17 +170,23 @@ def opened(path: Path) -> Run:
     if not (path/'params.yaml').exists(): raise InputError('is not a run folder', file=path, hint='it holds no params.yaml; mint-nb run makes one')
     return Run(path, open_params(path))
 
-# %% ../nbs/71_cli.ipynb #0027
+# %% ../nbs/71_cli.ipynb #0026a
 @app.command()
 @clean_errors
 def status(folder: RunDir = Path('runs/laptop')):
     "How each step of a run stands."
-    table = run_status(opened(folder))
-    for r in table.to_dict('records'):
-        spent = f"{minutes(r['seconds']):>8}  {r['peak_mb']/1024:4.1f} GB" if r['seconds'] == r['seconds'] and r['seconds'] is not None else ''
-        typer.echo(f"{r['step']:34} {r['state']:8} {spent}{'  ' + str(r['error']) if r['state'] == 'failed' else ''}")
-    typer.echo(f"{(table.state == 'done').sum()} of {len(table)} steps done, {minutes(table.seconds.fillna(0).sum())} spent")
+    from mint_nb.pipeline import minutes, plan, step_state
+    run = opened(folder)
+    steps = [(step.name, *step_state(run, step)) for step in plan(run.params)]
+    for name, state, entry in steps:
+        known = entry.get('seconds') is not None
+        spent = f"{minutes(entry['seconds']):>8}  {entry['peak_mb']/1024:4.1f} GB" if known else ''
+        typer.echo(f"{name:34} {state:8} {spent}{'  ' + str(entry.get('error')) if state == 'failed' else ''}")
+    done = sum(state == 'done' for _, state, _ in steps)
+    spent = minutes(sum(entry.get('seconds') or 0 for _, _, entry in steps))
+    typer.echo(f'{done} of {len(steps)} steps done, {spent} spent')
 
+# %% ../nbs/71_cli.ipynb #0027
 @app.command()
 @clean_errors
 def report(
@@ -208,6 +233,7 @@ def fetch(what: Annotated[str, typer.Argument(help='smollm2')] = 'smollm2'):
 def machine_facts() -> dict[str, Any]:
     "What a run depends on: versions, cores, memory, free disk, device, caches, notebooks."
     import psutil, torch
+    from mint_nb.pipeline import nbs_folder
     from mint_nb.students import weights_dtype
     cuda = torch.cuda.is_available()
     cached = sorted(p.name for p in cache_dir().iterdir() if p.is_dir())

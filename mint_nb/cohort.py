@@ -8,18 +8,15 @@ __all__ = ['draw_case', 'simulated_cases', 'usable_cases', 'real_cases', 'make_c
 
 # %% ../nbs/09_cohort.ipynb #0003
 import zlib
-import pandas as pd
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
 from .core import InputError, Run, atomic_path, progress, read_json, read_table, run_stage, write_json, write_table
-from .images import draw_portrait, patient_gestalt
 from .ontology import Ontology, load_ontology
 from .patients import (InputWarning, add_note, answer_table, catalogue_of_cases, check_splits, choose_answers, cohort_card, describe_cohort, file_name,
                               hide_labels, load_cases, outside_test, select_cases, simulate_cohort, use_embeddings)
 from .tasks import Case, Catalogue, get_task, list_sizes, read_cases, write_cases
-from .tiles import NO_PATIENTS, real_tiles, save_tiles, simulated_tiles, source_stamp
 
 # %% ../nbs/09_cohort.ipynb #0005
 def draw_case(
@@ -31,6 +28,7 @@ def draw_case(
     seed: int = 0,
 ) -> Case:                    # with `image`, relative to the folder above
     "Draw the portrait of one case, unless it has a picture."
+    from mint_nb.images import draw_portrait, patient_gestalt
     if case.image: return case
     marks = patient_gestalt(case.labels['disease'], case.id, seed) if gestalt else None
     portrait = draw_portrait(case.findings('portrait'), marks, zlib.crc32(f'{seed}:{case.id}'.encode()), size, ontology)
@@ -79,6 +77,7 @@ def make_cohort(
         if path and not Path(path).exists(): raise InputError('does not exist', file=path, field=f'cohort.{field}')
     sources, stamp = [str(Path(f).resolve()) for f in (p.source, p.test_source, p.embeddings) if f], None   # outside the run folder
     if get_task(run.params.task).view == 'image':
+        from mint_nb.tiles import source_stamp
         stamps = [source_stamp(f) for f in (p.source, p.test_source) if f]
         sources, stamp = [f for files, _ in stamps for f in files], [s for _, s in stamps if s] or None
     files = ['cases.parquet', 'catalogue.json', 'images', 'card.json', 'hidden_labels.json'] + ['captions.parquet']*(get_task(run.params.task).view == 'image')
@@ -96,6 +95,7 @@ def patients_of(run: Run, images: Path) -> tuple[list[Case], Catalogue, dict, di
 
 def tiles_of(run: Run, images: Path) -> tuple[list[Case], Catalogue, dict, dict]:
     "Tiles; catalogue; facts for the card; captions."
+    from mint_nb.tiles import real_tiles, save_tiles, simulated_tiles
     p, label = run.params.cohort, get_task(run.params.task).label
     if p.embeddings: raise InputError('embeddings replace portraits, and tiles have none', field='cohort.embeddings')
     if p.label_share < 1: raise InputError('captions of simulated tiles nearly give a hidden tissue away, so tiles keep their labels', field='cohort.label_share')
@@ -116,12 +116,16 @@ def write_cohort(run: Run) -> None:
     if empty := [s for s in ('train', 'test') if not any(c.split == s for c in cases)]: raise InputError(f'no case is in {" and in ".join(empty)}', file=p.source, field='split')
     wanted = {s: getattr(p, s) for s in ('train', 'calibration', 'validation', 'test')}
     card = facts | {'task': run.params.task, 'seed': p.seed} | cohort_card(cases, catalogue, task.label, wanted)
-    if not facts.get('patients', True): card['warnings'].append(NO_PATIENTS)
+    if not facts.get('patients', True):
+        from mint_nb.tiles import NO_PATIENTS
+        card['warnings'].append(NO_PATIENTS)
     cases, hidden = hide_labels(cases, p.label_share, p.seed, task.label)
     write_json(run/'cases/hidden_labels.json', hidden)
     write_cases(run/'cases/cases.parquet', cases); write_json(run/'cases/catalogue.json', catalogue.to_json())
     write_json(run/'cases/card.json', card | {'label_share': p.label_share, 'labels_hidden': len(hidden)})
-    if captions: write_table(run/'cases/captions.parquet', pd.DataFrame({'case_id': [c.id for c in cases], 'caption': [captions[c.id] for c in cases]}))
+    if captions:
+        import pandas as pd
+        write_table(run/'cases/captions.parquet', pd.DataFrame({'case_id': [c.id for c in cases], 'caption': [captions[c.id] for c in cases]}))
     print(describe_cohort(card))
 
 # %% ../nbs/09_cohort.ipynb #0013

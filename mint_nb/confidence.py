@@ -20,12 +20,13 @@ import numpy as np, pandas as pd
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainingArguments
 
-from .align import SCHEDULES, align, items_of, updates
+from .align import SCHEDULES, align, updates
 from .calibrate import INSIDE, CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature, letter_choice, name_choices, read_questions, tempered, treat_student
 from .calibration import MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised, perfect_band, reliability, resamples, top, with_interval
 from .candidates import CandidateRanker
 from .cohort import cohort_cases, cohort_catalogue, make_cohort
 from .core import InputError, Params, Run, atomic_path, open_params, progress, read_table, run_stage, write_json, write_table
+from .doctor import items_of
 from .engine import Engine, TensorStore, quiet, reference_logps, trainer_settings
 from .losses import LOSSES
 from .metrics import seed_weights

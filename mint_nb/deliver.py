@@ -10,17 +10,17 @@ __all__ = ['new_cases', 'new_tiles', 'run_answers', 'shown_as', 'evidence', 'gen
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
-
-import pandas as pd
+from typing import TYPE_CHECKING, Iterable, Optional, Sequence
 
 from .cohort import cohort_catalogue
 from .core import CohortParams, InputError, Run, atomic_path, digest, write_jsonl, write_table
 from .matching import diseases_of_genes, gene_catalogue, gene_id, gene_names
 from .ontology import Ontology
 from .patients import add_note, file_name, load_cases
-from .tiles import load_tiles
 from .tasks import Case, Catalogue, Rankings, get_task
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
 
 # %% ../nbs/43_deliver.ipynb #0007
 def new_cases(
@@ -38,6 +38,7 @@ def new_tiles(
     out: Path | str,    # folder; pictures go into `images/`
 ) -> tuple[list[Case], list[InputError]]:   # cases with an image and without labels, and what was wrong
     "Read tiles to predict, never their tissue."
+    from mint_nb.tiles import load_tiles
     tiles, found = load_tiles(path, on_error='list', labels=False), []
     problems = list(tiles.problems)
     with atomic_path(Path(out)/'images') as images:
@@ -95,14 +96,15 @@ def predictions_table(
     rankings: Rankings,
     catalogue: Catalogue,
     label: str = 'disease',   # what the answers are
-) -> pd.DataFrame:            # case_id, rank, disease_id, disease_name, score
+) -> 'pd.DataFrame':          # case_id, rank, disease_id, disease_name, score
     "Answers as users of LIRICAL or Exomiser know them."
+    import pandas as pd
     name, ids = lambda i, w: ' '.join(str(catalogue.names.get(i, w)).split()), rankings.answer_id.fillna('')
     if label == 'gene': ids = [gene_id(catalogue, i) for i in ids]
     return pd.DataFrame({'case_id': rankings.case_id, 'rank': rankings['rank'], f'{label}_id': ids,
                          f'{label}_name': [name(i, w) for i, w in zip(rankings.answer_id, rankings.written)], 'score': rankings.score.round(6)})
 
-def write_tsv(path: Path | str, table: pd.DataFrame, header: dict) -> Path:
+def write_tsv(path: Path | str, table: 'pd.DataFrame', header: dict) -> Path:
     "Write a table with '#' lines on top."
     with atomic_path(path) as tmp:
         lines = [f'# {k}: {" ".join(str(v).split())}\n' for k, v in header.items()]
@@ -115,8 +117,9 @@ def safe_name(case_id: str) -> str:
     plain = re.sub(r'[^\w.-]+', '_', case_id).lstrip('.')[:100]
     return plain if plain == case_id and plain else f'{plain}-{digest(case_id)[:6]}'
 
-def write_pheval(folder: Path | str, table: pd.DataFrame, cases: Sequence[Case], label: str = 'disease') -> Path:
+def write_pheval(folder: Path | str, table: 'pd.DataFrame', cases: Sequence[Case], label: str = 'disease') -> Path:
     "One Parquet file of identifiers and scores for each case."
+    import pandas as pd
     known, folder = table[table[f'{label}_id'] != ''], Path(folder)
     by_case = dict(iter(known.groupby('case_id')))
     for c in cases:
@@ -127,7 +130,7 @@ def write_pheval(folder: Path | str, table: pd.DataFrame, cases: Sequence[Case],
     return folder
 
 # %% ../nbs/43_deliver.ipynb #0034
-def case_record(case: Case, table: pd.DataFrame, ontology: Optional[Ontology], label: str = 'disease') -> dict:
+def case_record(case: Case, table: 'pd.DataFrame', ontology: Optional[Ontology], label: str = 'disease') -> dict:
     "One case with its note, and each answer with the findings for and against it."
     why = {'disease': lambda r: evidence(case, r['disease_id'], ontology), 'gene': lambda r: gene_evidence(case, r['gene_name'], ontology)}.get(label, lambda r: {})
     answers = [{'rank': int(r['rank']), f'{label}_id': r[f'{label}_id'] or None, f'{label}_name': r[f'{label}_name'], 'score': float(r['score'])} | why(r)
@@ -144,7 +147,7 @@ def write_predictions(
     header: dict,              # who made this, for the '#' lines
     label: str = 'disease',
     problems: Iterable[InputError] = (),
-) -> pd.DataFrame:             # the table
+) -> 'pd.DataFrame':           # the table
     "Write `predictions.tsv`, `predictions.jsonl`, `pheval/` and `problems.txt`."
     out, table = Path(out), predictions_table(rankings, catalogue, label)
     header = {'mint_nb predictions': 'research use only, not for clinical decision making', 'HPO': ontology and ontology.version, 'score': "higher is more likely, on the model's own scale", **header}

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Optional, Sequence
 
-import numpy as np, pandas as pd
+import numpy as np
 from fastcore.basics import patch
 
 from .core import InputError, atomic_path, versions
@@ -23,6 +23,9 @@ from .metrics import draw_counts
 from .ontology import Ontology, load_ontology
 from .patients import PHENOTYPE, is_phenotype, load_cases
 from .tasks import Case, Finding
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
 
 # %% ../nbs/12_findings.ipynb #0006
 _WORD = re.compile(r"[A-Za-z0-9]+(?:'[a-z]+)?")
@@ -178,8 +181,9 @@ def extraction_scores(
     groups: Optional[Sequence[str]] = None,   # of each note; None: each its own
     excluded: bool = False,                   # the absent findings instead of the present ones
     bootstrap: int = 2000,                    # resamples
-) -> pd.DataFrame:                            # terms ('exact', 'with ancestors'), metric, value, lo, hi, n, groups
+) -> 'pd.DataFrame':                          # terms ('exact', 'with ancestors'), metric, value, lo, hi, n, groups
     "Precision, recall and F1 of extracted findings with 95 % intervals."
+    import pandas as pd
     groups, rows = list(map(str, range(len(predicted)))) if groups is None else list(groups), []
     exact = lambda fs: {t for f in fs if f.excluded == excluded and (t := ontology.resolve(f.id)[0]) and is_phenotype(ontology, t)}
     above = lambda fs: {a for t in exact(fs) for a in ontology.ancestors(t) if is_phenotype(ontology, a)} - {PHENOTYPE}
@@ -244,8 +248,9 @@ def extraction_table(
     ontology: Ontology,
     readers: dict[str, Callable[[Sequence[str]], Sequence]],   # name to a function from notes to findings, or to extractions
     bootstrap: int = 2000,
-) -> pd.DataFrame:            # method, findings ('present', 'absent'), terms, metric, value, lo, hi, n, groups
+) -> 'pd.DataFrame':          # method, findings ('present', 'absent'), terms, metric, value, lo, hi, n, groups
     "Extractors side by side on the notes that no rule was tuned on."
+    import pandas as pd
     gold = {c.id: c for c in records}
     some = [c for c in cases if c.id in gold and not is_tuning(c)]
     if not some: raise InputError('no note belongs to a record', field='id')
@@ -263,7 +268,7 @@ def write_extraction(
     out: Path | str,                            # CSV file
     fasthpocr: Optional[Path | str] = None,     # index file of FastHPOCR
     bootstrap: int = 2000,
-) -> pd.DataFrame:                              # `extraction_table`
+) -> 'pd.DataFrame':                            # `extraction_table`
     "Compare extractors on the real notes and write the table, with the command in its first line."
     ontology = load_ontology()
     notes, records = (load_cases(Path(data)/f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip'))

@@ -10,8 +10,6 @@ import os, re, subprocess, sys
 from pathlib import Path
 from typing import Optional
 
-import torch
-
 from .core import PROFILES, InputError, TrainParams
 
 # %% ../nbs/27_launch.ipynb #0006
@@ -41,6 +39,7 @@ def launch_command(
     script: Path | str, *args: str,   # what each process runs
 ) -> list[str]:
     "The `accelerate launch` that starts the processes of a training."
+    import torch
     gpus, config = torch.cuda.device_count(), accelerate_config(train.accelerate)
     check_launch(train, gpus)
     how = ['--config_file', str(config)] if config else ['--multi_gpu', '--mixed_precision', 'no', '--dynamo_backend', 'no']    # on a CPU too: with --cpu accelerate starts one process
@@ -54,6 +53,7 @@ def first_process() -> bool:
 # %% ../nbs/27_launch.ipynb #0019
 def leave_together() -> None:
     "Wait for the other processes and close the connection to them."
+    import torch
     if not torch.distributed.is_initialized(): return
     torch.distributed.barrier(); torch.distributed.destroy_process_group()
 

@@ -11,18 +11,18 @@ __all__ = ['catalogue_of', 'finding_matrix', 'close_upwards', 'genes_of_disease'
 # %% ../nbs/11_matching.ipynb #0003
 import re
 from pathlib import Path
-from typing import Any, Iterator, Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Literal, Optional, Sequence
 
-import numpy as np, pandas as pd
+import numpy as np
 from fastcore.basics import patch
-from scipy import sparse
-from scipy.special import log_softmax, softmax
-from sklearn.linear_model import LogisticRegression
 
 from .core import InputError
 from .ontology import Ontology, read_tsv
 from .patients import documents
 from .tasks import Case, Catalogue, Rankings, Resolved, make_rankings, rankings_from_scores
+
+if TYPE_CHECKING:   # imported where they are used
+    from scipy import sparse
 
 # %% ../nbs/11_matching.ipynb #0007
 def catalogue_of(
@@ -30,6 +30,7 @@ def catalogue_of(
     disease_ids: Optional[Sequence[str]] = None,   # OMIM ids; None: all diseases with a finding
 ) -> Catalogue:                                    # unique names; other spellings as synonyms
     "A catalogue of OMIM diseases, named as in the annotation file."
+    import pandas as pd
     ids = [d for d in ontology.diseases if ontology.disease_findings(d)] if disease_ids is None else list(disease_ids)
     unknown = [d for d in ids if d not in ontology.diseases]
     if unknown: raise InputError('the disease is not in the annotation file', record=unknown[0], field='disease_ids')
@@ -44,8 +45,9 @@ def finding_matrix(
     ontology: Ontology,                     # T terms
     view: Literal['note', 'portrait', 'all'] = 'note',
     excluded: bool = False,                 # the findings that were looked for and absent
-) -> sparse.csr_matrix:                     # (n, T) float32 of 0 and 1
+) -> 'sparse.csr_matrix':                   # (n, T) float32 of 0 and 1
     "Which case has which finding; identifiers that the ontology does not know are left out."
+    from scipy import sparse
     found = [{ontology.resolve(f)[0] for f in c.findings(view, excluded)} - {None} for c in cases]
     rows = np.repeat(np.arange(len(cases)), [len(f) for f in found])
     cols = [ontology.index[t] for f in found for t in sorted(f)]
@@ -53,9 +55,9 @@ def finding_matrix(
 
 # %% ../nbs/11_matching.ipynb #0013
 def close_upwards(
-    X: sparse.csr_matrix,    # (n, T) findings
+    X: 'sparse.csr_matrix',  # (n, T) findings
     ontology: Ontology,
-) -> sparse.csr_matrix:      # (n, T) with the ancestors of every finding
+) -> 'sparse.csr_matrix':    # (n, T) with the ancestors of every finding
     "Extend findings to everything they imply."
     return (X @ ontology.closure).astype(bool).astype(np.float32)
 
@@ -122,7 +124,7 @@ def gene_catalogue(
     known, names = diseases_of_genes(ontology), names or {}
     if symbols is None: symbols = sorted(g for g, ds in known.items() if ':' not in g and any(ontology.disease_findings(d) for d in ds))
     ncbi = {s: [] for s in symbols}
-    for i, s in zip(ontology._genes.gene_id, ontology._genes.symbol):
+    for i, s in zip(*(ontology._column('genes', c) for c in ('gene_id', 'symbol'))):
         if s in ncbi and i not in ncbi[s]: ncbi[s].append(i)
     return GeneCatalogue({s: s for s in symbols}, {s: [*names.get(s, ()), *ncbi[s]] for s in symbols})
 
@@ -176,10 +178,10 @@ def background_frequencies(
 
 # %% ../nbs/11_matching.ipynb #0046
 def log_ratios(
-    frequencies: sparse.csr_matrix,   # (D, T) P(t | d)
+    frequencies: 'sparse.csr_matrix',   # (D, T) P(t | d)
     background: np.ndarray,           # (T,) P(t)
     noise: float,                     # lambda: share of findings that are unrelated to the disease
-) -> sparse.csr_matrix:               # (D, T) w - log(lambda), zero where the disease lacks the term
+) -> 'sparse.csr_matrix':             # (D, T) w - log(lambda), zero where the disease lacks the term
     "Evidence of each term for each disease, above that of a term the disease lacks."
     W = frequencies.copy()
     W.data = np.log1p((1 - noise)/noise*W.data/background[W.indices])
@@ -187,10 +189,10 @@ def log_ratios(
 
 # %% ../nbs/11_matching.ipynb #0050
 def log_absence(
-    frequencies: sparse.csr_matrix,   # (D, T) P(t | d)
+    frequencies: 'sparse.csr_matrix',   # (D, T) P(t | d)
     background: np.ndarray,           # (T,) P(t)
     noise: float,                     # lambda
-) -> sparse.csr_matrix:               # (D, T), at most 0; zero where the disease lacks the term
+) -> 'sparse.csr_matrix':             # (D, T), at most 0; zero where the disease lacks the term
     "Evidence of an absent term for each disease, compared with a disease that lacks the term."
     A = frequencies.copy()
     A.data = np.log1p(-(1 - noise)*A.data/(1 - noise*background[A.indices]))
@@ -198,11 +200,11 @@ def log_absence(
 
 # %% ../nbs/11_matching.ipynb #0053
 def evidence_tables(
-    frequencies: sparse.csr_matrix,   # (D, T) P(t | d)
+    frequencies: 'sparse.csr_matrix',   # (D, T) P(t | d)
     background: np.ndarray,           # (T,) P(t)
     noise: float,                     # lambda
     use_excluded: bool,               # a second table, for absent findings
-) -> list[sparse.csr_matrix]:         # (T, D) each
+) -> 'list[sparse.csr_matrix]':       # (T, D) each
     "The tables that findings are looked up in, terms in rows."
     makers = (log_ratios, log_absence)[:1 + use_excluded]
     return [make(frequencies, background, noise).T.tocsr() for make in makers]
@@ -241,6 +243,7 @@ def scores(self: NaiveBayesRanker,
 @patch
 def _forget(self: NaiveBayesRanker, cases: Sequence[Case], X: list, S: np.ndarray) -> None:
     "Replace, in place, the scores that a case's own publication helped to make."
+    import pandas as pd
     rows = pd.Series(range(len(cases))).groupby([c.group for c in cases]).indices
     position = pd.Series(range(len(self.diseases))).groupby(self.diseases).indices
     pairs = [(d, g) for g in rows for d in self.ontology.cited_in(g) if d in position]
@@ -260,6 +263,8 @@ def rank_in_blocks(
     block: int = 500,        # cases at a time, so that memory stays small
 ) -> Rankings:
     "Rank cases block by block from a score matrix."
+    from scipy.special import softmax
+    import pandas as pd
     out = []
     for i in range(0, len(cases), block):
         part = cases[i:i + block]
@@ -287,7 +292,7 @@ def rank(self: NaiveBayesRanker, cases: Sequence[Case], top: int = 10, bottom: i
 # %% ../nbs/11_matching.ipynb #0076
 def best_known(
     terms: Sequence[str],         # terms that cases have
-    known: sparse.csc_matrix,     # (D, T), nonzero where the disease has the term or something below it
+    known: 'sparse.csc_matrix',   # (D, T), nonzero where the disease has the term or something below it
     ontology: Ontology,
 ) -> np.ndarray:                  # (len(terms), D) float32
     "Information content of the most telling ancestor of each term that each disease knows."
@@ -346,6 +351,7 @@ class LinearRanker:
         C: float = 1.0,                          # inverse strength of the L2 penalty
     ) -> 'LinearRanker':
         "Train on the cases that carry a label of the catalogue."
+        from sklearn.linear_model import LogisticRegression
         cases = [c for c in cases if c.labels.get(label) in catalogue]
         y = np.array([catalogue.index[c.labels[label]] for c in cases])
         if len(set(y)) < 2: raise InputError(f'a linear model needs cases of two answers, there are {len(set(y))}', field=f'labels.{label}')
@@ -361,6 +367,7 @@ def scores(self: LinearRanker,
     cases: Sequence[Case],   # n cases
 ) -> np.ndarray:             # (n, N) log probabilities, -inf for answers without a training case
     "Log probability of each answer."
+    from scipy.special import log_softmax
     X = close_upwards(finding_matrix(cases, self.ontology, self.view), self.ontology)[:, self.columns]
     Z = self.model.decision_function(X)
     Z = np.column_stack([-Z/2, Z/2]) if Z.ndim == 1 else Z       # two classes: scikit-learn gives one column

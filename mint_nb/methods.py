@@ -11,25 +11,23 @@ __all__ = ['hpo', 'extractor', 'METHODS', 'StoredRanker', 'Method', 'with_findin
 import functools
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from .align import SCHEDULES, align, load_aligned, needs_warm_up, warm_up
 from .cohort import cohort_cases, cohort_catalogue
 from .core import InputError, Run
-from .decode import StudentRanker
-from .dual import TextureRanker
 from .deliver import run_answers
-from .dialogue import Dialogues, StudentDialogues
-from .endpoint import EndpointDialogues
 from .findings import Extractor, with_extracted
 from .matching import LinearRanker, NaiveBayesRanker, ResnikRanker
 from .ontology import load_ontology
-from .reason import ReasonRanker
 from .retrieve import RetrievalRanker, Retriever
 from .tasks import PROTOCOLS, Case, ChanceRanker, Ranker, Rankings, get_task, list_sizes, method_name
 from .upstream import teacher_rankings, upstream
+
+if TYPE_CHECKING:   # imported where they are used
+    from mint_nb.dialogue import Dialogues
 
 # %% ../nbs/48_methods.ipynb #0005
 @dataclass
@@ -86,6 +84,7 @@ def student_method(method: str) -> Method:
         if method == 'base': return needs_warm_up(run, seed) and warm_up(run, seed) and needs_warm_up(run, seed)
         return align(run, method, seed) and [f'align/{method}-{seed}/adapter', *needs_warm_up(run, seed)]
     def build(run, seed):
+        from mint_nb.decode import StudentRanker
         p, catalogue = run.params, run_answers(run, hpo() if get_task(run.params.task).label == 'gene' else None)
         return StudentRanker(load_aligned(run, method, seed), get_task(p.task), catalogue, list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0],
                              p.student.max_prompt, p.predict.max_new_tokens, p.predict.batch, name=method, folder=run/'cases')
@@ -95,6 +94,7 @@ def student_method(method: str) -> Method:
 def texture_method() -> Method:
     "Logistic regression on colour and texture of the training tiles that carry a label."
     def build(run, seed):
+        from mint_nb.dual import TextureRanker
         return TextureRanker.fit(cohort_cases(run, 'train'), cohort_catalogue(run), run/'cases', get_task(run.params.task).label, run.params.cohort.image_size, seed)
     return Method(build, lambda run, seed: ['cases/images'], ('cohort',))
 
@@ -104,9 +104,12 @@ def retrieval_method(**changes) -> Method:
     def build(run, seed): return RetrievalRanker(Retriever(hpo(), cohort_catalogue(run), run.params.retrieve.model_copy(update=changes)))
     return Method(build, lambda run, seed: [], ('retrieve',))
 
-def talk_of(run: Run, model: str, seed: int) -> Callable[[], Dialogues]:
+def talk_of(run: Run, model: str, seed: int) -> 'Callable[[], Dialogues]':
     "What makes conversations with a student of the run, or with the model behind its endpoint."
-    if model == 'api': return lambda: EndpointDialogues(run.params.endpoint, run/'predictions/replies', seed)   # type: ignore[return-value]   # `turn` is patched
+    if model == 'api':
+        from mint_nb.endpoint import EndpointDialogues
+        return lambda: EndpointDialogues(run.params.endpoint, run/'predictions/replies', seed)   # type: ignore[return-value]   # `turn` is patched
+    from mint_nb.dialogue import StudentDialogues
     student = load_aligned(run, model, seed)
     return lambda: StudentDialogues(student)   # type: ignore[return-value]
 
@@ -119,6 +122,7 @@ def reason_method(
     trained = model not in ('base', 'api')
     def needs(run, seed): return align(run, model, seed) and [f'align/{model}-{seed}/adapter'] if trained else []
     def build(run, seed):
+        from mint_nb.reason import ReasonRanker
         p, catalogue = run.params, run_answers(run, hpo())
         retriever = Retriever(hpo(), cohort_catalogue(run), p.retrieve) if 'rag' in protocol else None
         return ReasonRanker(talk_of(run, model, seed), get_task(p.task), catalogue, list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0], protocol or 'plain',

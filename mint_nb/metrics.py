@@ -9,12 +9,15 @@ __all__ = ['METRICS', 'listed_answers', 'score_ids', 'agreement', 'teacher_ends'
 
 # %% ../nbs/03_metrics.ipynb #0003
 import difflib, functools, re
-from typing import Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Literal, Optional, Sequence
 
-import numpy as np, pandas as pd
+import numpy as np
 
 from .core import InputError
 from .tasks import Case, Catalogue, Rankings
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
 
 # %% ../nbs/03_metrics.ipynb #0007
 METRICS = {
@@ -138,8 +141,9 @@ def score_cases(
     answers: Optional[Sequence[str]] = None,   # reference list of the string rule; default: the catalogue's names
     scoring: Literal['ids', 'reference'] = 'ids',
     tops: Sequence[int] = (1, 5, 10),  # which top-n: 3 and 50 besides, where rankings are that long
-) -> pd.DataFrame:                     # case_id, group, metric, value
+) -> 'pd.DataFrame':                   # case_id, group, metric, value
     "Score every case by itself."
+    import pandas as pd
     lists, reference = listed_answers(rankings), tuple(answers or catalogue.names.values())
     ends = teacher_ends(teacher, cases, catalogue, k, q) if teacher is not None else {}
     rows = []
@@ -191,7 +195,7 @@ def grouped_bootstrap(
     return mean, float(lo), float(hi)
 
 # %% ../nbs/03_metrics.ipynb #0052
-def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _block(per_case: 'pd.DataFrame', metric: str) -> 'pd.DataFrame':
     "Values of one metric, seeds by cases; cases that a seed lacks are an error."
     t = per_case[(per_case.metric == metric) & per_case.value.notna()]
     t = t.assign(seed=t.seed if 'seed' in t else 0)
@@ -201,7 +205,7 @@ def _block(per_case: pd.DataFrame, metric: str) -> pd.DataFrame:
     if block.isna().any().any(): raise InputError('a seed lacks this case', record=block.columns[block.isna().any()][0], field=metric)
     return block
 
-def _answers(per_case: pd.DataFrame, metric: str, ids: Sequence[str]) -> Optional[np.ndarray]:
+def _answers(per_case: 'pd.DataFrame', metric: str, ids: Sequence[str]) -> Optional[np.ndarray]:
     "True answers of some cases, for a metric whose rows name them in a column `answer`; else None."
     if 'answer' not in per_case: return None
     named = per_case[per_case.metric == metric].drop_duplicates('case_id').set_index('case_id').answer.reindex(ids)
@@ -209,11 +213,12 @@ def _answers(per_case: pd.DataFrame, metric: str, ids: Sequence[str]) -> Optiona
 
 # %% ../nbs/03_metrics.ipynb #0053
 def summarise(
-    per_case: pd.DataFrame,   # from `score_cases`, of one method; a column `seed` if several
+    per_case: 'pd.DataFrame',   # from `score_cases`, of one method; a column `seed` if several
     bootstrap: int = 2000,    # resamples
     seed: int = 0,
-) -> pd.DataFrame:            # metric, value, lo, hi, n (cases), groups
+) -> 'pd.DataFrame':          # metric, value, lo, hi, n (cases), groups
     "Mean of every metric with its 95 % interval."
+    import pandas as pd
     group, rows = per_case.drop_duplicates('case_id').set_index('case_id').group, []
     for m in per_case.metric.unique():
         block = _block(per_case, m)
@@ -224,12 +229,13 @@ def summarise(
 
 # %% ../nbs/03_metrics.ipynb #0057
 def paired_differences(
-    a: pd.DataFrame,          # `score_cases` of one method (a column `seed` if several)
-    b: pd.DataFrame,          # the same cases by another
+    a: 'pd.DataFrame',        # `score_cases` of one method (a column `seed` if several)
+    b: 'pd.DataFrame',        # the same cases by another
     bootstrap: int = 2000,    # resamples
     seed: int = 0,
-) -> pd.DataFrame:            # metric, diff (a minus b), lo, hi, n, groups, seeds
+) -> 'pd.DataFrame':          # metric, diff (a minus b), lo, hi, n, groups, seeds
     "Mean difference of two methods on the same cases, with its 95 % interval."
+    import pandas as pd
     group, rows = a.drop_duplicates('case_id').set_index('case_id').group, []
     for m in [m for m in a.metric.unique() if m in set(b.metric)]:
         x, y = _block(a, m), _block(b, m)
@@ -249,8 +255,9 @@ def score_methods(
     label: str,                                  # key of `Case.labels`
     teachers: Optional[dict[int, Rankings]] = None,   # seed to the teacher's rankings, head and tail
     **kw,                                        # of `score_cases`: k, q, scoring, tops
-) -> pd.DataFrame:                               # method, seed, case_id, group, metric, value
+) -> 'pd.DataFrame':                             # method, seed, case_id, group, metric, value
     "Score every method and seed, case by case."
+    import pandas as pd
     ids, out, teachers = {c.id for c in cases}, [], teachers or {}
     for (method, seed), rankings in answers.items():
         strange = sorted(set(rankings.case_id) - ids)
@@ -261,11 +268,12 @@ def score_methods(
 
 # %% ../nbs/03_metrics.ipynb #0066
 def results_table(
-    per_case: pd.DataFrame,   # from `score_methods`
+    per_case: 'pd.DataFrame',   # from `score_methods`
     bootstrap: int = 2000,    # resamples
     seed: int = 0,
-) -> pd.DataFrame:            # method, seed (-1: over all seeds), metric, value, lo, hi, n, groups
+) -> 'pd.DataFrame':          # method, seed (-1: over all seeds), metric, value, lo, hi, n, groups
     "All methods, seeds and metrics with 95 % intervals."
+    import pandas as pd
     parts = [(m, s, t) for (m, s), t in per_case.groupby(['method', 'seed'], sort=False)]
     parts += [(m, -1, t) for m, t in per_case.groupby('method', sort=False) if t.seed.nunique() > 1]
     out = pd.concat([summarise(t, bootstrap, seed).assign(method=m, seed=s) for m, s, t in parts], ignore_index=True)
@@ -273,12 +281,13 @@ def results_table(
 
 # %% ../nbs/03_metrics.ipynb #0069
 def difference_table(
-    per_case: pd.DataFrame,   # from `score_methods`
+    per_case: 'pd.DataFrame',   # from `score_methods`
     first: str = 'mint',      # compare this method with each other one; all pairs if it is absent
     bootstrap: int = 2000,    # resamples
     seed: int = 0,
-) -> pd.DataFrame:            # a, b, metric, diff (a minus b), lo, hi, n, groups, seeds
+) -> 'pd.DataFrame':          # a, b, metric, diff (a minus b), lo, hi, n, groups, seeds
     "Paired differences between methods, with 95 % intervals."
+    import pandas as pd
     by = dict(iter(per_case.groupby('method', sort=False)))
     pairs = [(first, m) for m in by if m != first] if first in by else [(a, b) for i, a in enumerate(by) for b in list(by)[i + 1:]]
     columns = ['a', 'b', 'metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds']

@@ -19,13 +19,16 @@ import gzip, itertools, json, re, stat, zipfile, zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Literal, Optional, Sequence
 
-import numpy as np, pandas as pd
+import numpy as np
 
 from .core import CohortParams, InputError, digest, printable, progress, read_table
 from .ontology import UNSTATED, Ontology
 from .tasks import Case, Catalogue, Finding, normalise
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
 
 # %% ../nbs/04_patients.ipynb #0006
 PHENOTYPE = 'HP:0000118'                        # 'Phenotypic abnormality': above it stand inheritance, onset and the like
@@ -45,8 +48,9 @@ def series(name: str) -> str:
     "Name of a disease without the number of its type, in lower case."
     return re.sub(r'(,? type)? ([0-9]+[A-Z]?|[IVX]+[ABC]?|[A-Z])$', '', name).lower()
 
-def eligible_diseases(ontology: Ontology) -> pd.DataFrame:
+def eligible_diseases(ontology: Ontology) -> 'pd.DataFrame':
     "Diseases that can be simulated: `disease_id, name, series, facial, other` (expected numbers of findings), `gene` (the first, or '')."
+    import pandas as pd
     rows = []
     for d, name in ((d, n) for d, n in ontology.diseases.items() if len(n) <= NAME_LENGTH):
         found = phenotype_findings(ontology, d)
@@ -86,7 +90,7 @@ def broader(
 # %% ../nbs/04_patients.ipynb #0018
 def background(ontology: Ontology) -> tuple[list[str], np.ndarray]:
     "Terms and how often they occur over all diseases, as probabilities: what an unrelated finding is drawn from."
-    t = ontology.annotations.groupby('hpo_id').frequency.sum()
+    t = ontology.pooled.groupby('hpo_id').frequency.sum()
     t = t[[is_phenotype(ontology, i) for i in t.index]]
     return list(t.index), (t/t.sum()).to_numpy()
 
@@ -117,8 +121,9 @@ def common_findings(
     ontology: Ontology,
     disease_ids: Sequence[str],
     n: int = 40,          # findings wanted
-) -> pd.Series:           # HPO id to mean frequency
+) -> 'pd.Series':         # HPO id to mean frequency
     "The non-facial findings with the highest mean frequency over some diseases."
+    import pandas as pd
     total = Counter()
     for d in disease_ids:
         told = [(t, p) for t, p in phenotype_findings(ontology, d) if not ontology.is_facial(t) and not (MALE | FEMALE) & ontology.ancestors(t)]
@@ -128,7 +133,7 @@ def common_findings(
 # %% ../nbs/04_patients.ipynb #0029
 def draw_absent(
     present: Sequence[str],       # what the patient has
-    common: pd.Series,            # HPO id to mean frequency over the catalogue
+    common: 'pd.Series',          # HPO id to mean frequency over the catalogue
     ontology: Ontology,
     rng: np.random.Generator,
     n: int = 2,
@@ -345,7 +350,7 @@ def simulate_patient(
     case_id: str,
     ontology: Ontology,
     backdrop: tuple[list[str], np.ndarray],   # from `background`
-    common: pd.Series,                        # from `common_findings`
+    common: 'pd.Series',                      # from `common_findings`
     noise: float = 0.25,                       # as in `draw_findings`
     seed: int = 0,
 ) -> Case:                                    # with findings, without a note
@@ -623,6 +628,7 @@ def load_gmdb(
     labels: bool = True,
 ) -> tuple[list[Case], list[InputError]]:
     "Read GMDB metadata and find the crops; one case an image, grouped by patient."
+    import pandas as pd
     file, cases, problems, taken = gmdb_table(folder), [], [], set()
     if file is None: raise InputError('holds no *metadata*.tsv', file=folder)
     try: table = pd.read_csv(file, sep='\t', dtype=str, keep_default_na=False, index_col=False).fillna('')
@@ -655,8 +661,9 @@ def load_cases(
 def answer_table(
     cases: Sequence[Case],
     label: str = 'disease',   # key of `Case.labels`
-) -> pd.DataFrame:            # index: answer; columns name (the most common one), cases, groups, with_face (share), facial (mean number of findings)
+) -> 'pd.DataFrame':          # index: answer; columns name (the most common one), cases, groups, with_face (share), facial (mean number of findings)
     "How often each answer occurs."
+    import pandas as pd
     rows = [(c.labels[label], c.labels.get(f'{label}_name', c.labels[label]), c.group or c.id, len(c.findings('portrait')))
             for c in cases if label in c.labels]
     t = pd.DataFrame(rows, columns=['answer', 'name', 'group', 'facial']).assign(face=lambda t: t.facial > 0).groupby('answer')
@@ -665,7 +672,7 @@ def answer_table(
 
 # %% ../nbs/04_patients.ipynb #0137
 def catalogue_of_cases(
-    answers: pd.DataFrame,     # from `answer_table`, the chosen rows
+    answers: 'pd.DataFrame',   # from `answer_table`, the chosen rows
     ontology: Ontology,
     label: str = 'disease',
 ) -> Catalogue:
@@ -683,7 +690,7 @@ def choose_answers(
     ontology: Optional[Ontology],   # None: the answers are no diseases
     params: CohortParams,
     label: str = 'disease',
-) -> pd.DataFrame:       # the rows of `answer_table` that were chosen, by name
+) -> 'pd.DataFrame':     # the rows of `answer_table` that were chosen, by name
     "Choose the answers of a real cohort by seed."
     t = answer_table(cases, label)
     enough = t[(t.cases >= params.min_cases) & (t.groups >= params.min_groups) & (t.facial >= params.min_facial)]
@@ -699,7 +706,7 @@ def choose_answers(
 # %% ../nbs/04_patients.ipynb #0142
 def select_cases(
     cases: Sequence[Case],
-    answers: pd.DataFrame,
+    answers: 'pd.DataFrame',
     params: CohortParams,
     label: str = 'disease',
 ) -> list[Case]:         # with `split` set
@@ -711,7 +718,7 @@ def select_cases(
 def outside_test(
     cases: Sequence[Case],     # of the first source
     outside: Sequence[Case],   # of the other
-    answers: pd.DataFrame,     # from `answer_table`, the chosen rows
+    answers: 'pd.DataFrame',   # from `answer_table`, the chosen rows
     n: int,                    # test cases; 0: all
     seed: int = 0,
     label: str = 'disease',
@@ -776,6 +783,7 @@ def cohort_card(
     wanted: dict[str, int],   # cases wanted per split
 ) -> dict:
     "Counts, the choice of answers, and warnings."
+    import pandas as pd
     t = pd.DataFrame([(c.labels.get(label), c.split, c.group, bool(c.findings('portrait')), len(c.note), names_answer(c)) for c in cases],
                      columns=['answer', 'split', 'group', 'face', 'characters', 'leak'])
     splits = {s: dict(cases=len(g), groups=g.group.nunique(), answers=g.answer.nunique(), with_face=round(g.face.mean(), 3)) for s, g in t.groupby('split')}

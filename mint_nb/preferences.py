@@ -8,7 +8,7 @@ __all__ = ['variant_of', 'dataset_card', 'preferences', 'write_preferences', 'pr
 # %% ../nbs/29_preferences.ipynb #0003
 from typing import Optional
 
-import pandas as pd, yaml
+import yaml
 
 from .cohort import cohort_cases, cohort_catalogue, make_cohort, shows_cases
 from .core import InputError, Run, atomic_path, read_json, read_table, run_stage, write_json
@@ -70,8 +70,10 @@ def preferences(
     return run_stage(run, name, lambda: write_preferences(run, seed, variant, view), 'mint_nb.preferences', ['task', 'pairs'],
                      ['cases/cases.parquet', 'cases/catalogue.json', f'upstream/{view}-{seed}/train.parquet'], [name], [seed, variant])
 
+# %% ../nbs/29_preferences.ipynb #0012a
 def write_preferences(run: Run, seed: int, variant: str, view: str) -> None:
     "Build, check and write the rows of one variant."
+    import pandas as pd
     params = run.params.pairs.model_copy(update=_VARIANTS[variant])
     rows = make_pairs(teacher_rankings(run, seed, 'train', view), cohort_cases(run, 'train'), cohort_catalogue(run), get_task(run.params.task), params, seed)
     warnings, shown = refuse(checks(rows)), rows[0]

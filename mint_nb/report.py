@@ -14,14 +14,17 @@ __all__ = ['LOOKS', 'PROTOCOL_COLOURS', 'COLUMNS', 'TILE_COLUMNS', 'NOTICE', 'CA
 import base64, functools, html, io, re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Optional, Sequence
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, yaml
-from matplotlib.figure import Figure
+import numpy as np, yaml
 
 from .core import atomic_path
 from .metrics import METRICS, listed_answers
 from .tasks import PROTOCOLS, Case, Catalogue, Rankings, method_name
+
+if TYPE_CHECKING:   # imported where they are used
+    from matplotlib.figure import Figure
+    import pandas as pd
 
 # %% ../nbs/50_report.ipynb #0007
 @dataclass(frozen=True)
@@ -102,40 +105,47 @@ def in_order(
     return sorted(set(methods), key=key)
 
 # %% ../nbs/50_report.ipynb #0021
-_STYLE = {**sns.axes_style('ticks'), 'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
-          'axes.titlelocation': 'left', 'axes.labelsize': 9, 'axes.edgecolor': '#6b7280', 'axes.linewidth': .8, 'axes.spines.top': False,
-          'axes.spines.right': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 9, 'text.color': '#1f2937', 'axes.labelcolor': '#374151',
-          'xtick.color': '#4b5563', 'ytick.color': '#374151', 'legend.frameon': False, 'legend.fontsize': 8.5, 'figure.dpi': 110,
-          'axes.formatter.useoffset': False, 'svg.hashsalt': 'mint', 'figure.constrained_layout.use': True}
+@functools.cache
+def _style() -> dict:
+    "Matplotlib settings of every figure."
+    import seaborn as sns
+    return {**sns.axes_style('ticks'), 'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
+            'axes.titlelocation': 'left', 'axes.labelsize': 9, 'axes.edgecolor': '#6b7280', 'axes.linewidth': .8, 'axes.spines.top': False,
+            'axes.spines.right': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 9, 'text.color': '#1f2937', 'axes.labelcolor': '#374151',
+            'xtick.color': '#4b5563', 'ytick.color': '#374151', 'legend.frameon': False, 'legend.fontsize': 8.5, 'figure.dpi': 110,
+            'axes.formatter.useoffset': False, 'svg.hashsalt': 'mint', 'figure.constrained_layout.use': True}
 
 def drawn(f: Callable) -> Callable:
     "Give a plotting function the common style, a footer with its `cohort`, and a closed figure."
     @functools.wraps(f)
-    def wrapped(*args, cohort: str, **kw) -> Figure:
-        with plt.rc_context(_STYLE):
+    def wrapped(*args, cohort: str, **kw) -> 'Figure':
+        import matplotlib.pyplot as plt
+        with plt.rc_context(_style()):
             fig = f(*args, cohort=cohort, **kw)
             fig.supxlabel(cohort, x=.995, ha='right', fontsize=8, color='#6b7280', style='italic')
-            fig.canvas.draw(); plt.close(fig)
+            fig.canvas.draw()
+            plt.close(fig)
         return fig
     return wrapped
 
 # %% ../nbs/50_report.ipynb #0023
 def save_figure(
-    fig: Figure,
+    fig: 'Figure',
     stem: Path | str,           # path without ending
 ) -> list[Path]:                # the SVG and the PNG
     "Write a figure as SVG and PNG, atomically and reproducibly."
+    import matplotlib.pyplot as plt
     out = []
     for ending, kw in (('svg', dict(metadata={'Date': None})), ('png', dict(dpi=160, metadata={'Software': None}))):
         path = Path(f'{stem}.{ending}')
-        with plt.rc_context(_STYLE), atomic_path(path) as tmp: fig.savefig(tmp, format=ending, facecolor='white', **kw)
+        with plt.rc_context(_style()), atomic_path(path) as tmp: fig.savefig(tmp, format=ending, facecolor='white', **kw)
         out.append(path)
     return out
 
 # %% ../nbs/50_report.ipynb #0026
 def pooled(
-    table: pd.DataFrame,   # with columns method, seed, metric, ...
-) -> pd.DataFrame:
+    table: 'pd.DataFrame',   # with columns method, seed, metric, ...
+) -> 'pd.DataFrame':
     "One row per method and metric: the row over all seeds (seed -1) where there is one."
     return table.sort_values('seed', kind='stable').drop_duplicates(['method', 'metric'])
 
@@ -148,7 +158,7 @@ def _places(methods: Sequence[str]) -> dict[str, float]:
     return out
 
 # %% ../nbs/50_report.ipynb #0028
-def _dots(ax, rows: pd.DataFrame, places: dict[str, float], value: str = 'value', colour: Optional[Callable] = None):
+def _dots(ax, rows: 'pd.DataFrame', places: dict[str, float], value: str = 'value', colour: Optional[Callable] = None):
     "One dot with its interval for each row of a table."
     for r in rows.to_dict('records'):
         c = colour(r) if colour else look(r['method']).colour
@@ -157,6 +167,7 @@ def _dots(ax, rows: pd.DataFrame, places: dict[str, float], value: str = 'value'
 
 def _method_axis(ax, places: dict[str, float], simulated: bool):
     "Names of the methods on the vertical axis, first at the top."
+    import seaborn as sns
     ax.set_yticks(list(places.values()), [look(m, simulated).label.replace(' (', '\n(') for m in places], linespacing=.95)
     ax.set_ylim(max(places.values()) + .7, .3)
     ax.tick_params(axis='y', length=0)
@@ -166,11 +177,12 @@ def _method_axis(ax, places: dict[str, float], simulated: bool):
 # %% ../nbs/50_report.ipynb #0029
 @drawn
 def accuracy_figure(
-    table: pd.DataFrame,       # method, seed, metric, value, lo, hi
+    table: 'pd.DataFrame',     # method, seed, metric, value, lo, hi
     cohort: str,               # footer, for example '96 simulated patients'
     metrics: Sequence[str] = ('top1', 'top5', 'top10'),
-) -> Figure:
+) -> 'Figure':
     "Accuracy by rank: a panel per metric, a dot with its 95 % interval per method."
+    import matplotlib.pyplot as plt
     t = pooled(table)
     metrics = [m for m in metrics if m in set(t.metric)]
     places, simulated = _places(in_order(t.method)), 'simulated' in cohort
@@ -206,7 +218,7 @@ def _car_curves(ax, low: float, lam: float = 0.5):
         ax.plot(x[ok], y[ok], color='#d1d5db', lw=.8, zorder=0)
         ax.text(x[-1], 1 + .03*(1 - low), f'CAR {100*car:.0f}', color='#9ca3af', fontsize=7.5, ha='center', va='bottom')
 
-def _label_points(ax, rows: pd.DataFrame, simulated: bool):
+def _label_points(ax, rows: 'pd.DataFrame', simulated: bool):
     "Names beside the points, moved apart where they would overlap."
     low, high = ax.get_ylim()
     places = _apart(rows.y, .05*(high - low))
@@ -217,10 +229,12 @@ def _label_points(ax, rows: pd.DataFrame, simulated: bool):
 # %% ../nbs/50_report.ipynb #0035
 @drawn
 def plane_figure(
-    table: pd.DataFrame,   # method, seed, metric (coverage, avoidance), value, lo, hi
+    table: 'pd.DataFrame',   # method, seed, metric (coverage, avoidance), value, lo, hi
     cohort: str,
-) -> Figure:
+) -> 'Figure':
     "Agreement with the teacher: coverage against avoidance."
+    import matplotlib.pyplot as plt
+    import pandas as pd
     t = pooled(table).pivot(index='method', columns='metric')
     t = t.loc[[m for m in in_order(t.index) if t.loc[m, ('value', 'coverage')] == t.loc[m, ('value', 'coverage')]]]
     fig, ax = plt.subplots(figsize=(6.4, 4.2))
@@ -240,12 +254,13 @@ def plane_figure(
 # %% ../nbs/50_report.ipynb #0038
 @drawn
 def forest_figure(
-    differences: pd.DataFrame,   # a, b, metric, diff, lo, hi
+    differences: 'pd.DataFrame',   # a, b, metric, diff, lo, hi
     cohort: str,
     a: str = 'mint',             # the method that the others are compared with
     metrics: Sequence[str] = ('top1', 'top5', 'car'),
-) -> Figure:
+) -> 'Figure':
     "Paired differences of one method to all others, with 95 % intervals."
+    import matplotlib.pyplot as plt
     t = differences[differences.a == a].rename(columns={'b': 'method'})
     metrics = [m for m in metrics if m in set(t.metric)]
     places = _places(in_order(t.method))
@@ -266,7 +281,7 @@ def forest_figure(
 _PANELS = (('training loss', '', {'loss': '-'}), ('chosen against rejected', ' (solid: log odds ratio, dashed: margin)', {'log_odds': '-', 'margin': '--'}),
            ('log probability per token', ' (solid: chosen, dotted: rejected)', {'chosen_logp': '-', 'rejected_logp': ':'}))
 
-def _curve(ax, rows: pd.DataFrame, colour: str, style: str, label: Optional[str]):
+def _curve(ax, rows: 'pd.DataFrame', colour: str, style: str, label: Optional[str]):
     "Raw values faintly, and their running mean."
     rows = rows.groupby('step', as_index=False).value.mean()
     ax.plot(rows.step, rows.value, color=colour, lw=.6, alpha=.25)
@@ -276,10 +291,11 @@ def _curve(ax, rows: pd.DataFrame, colour: str, style: str, label: Optional[str]
 # %% ../nbs/50_report.ipynb #0042
 @drawn
 def training_figure(
-    log: pd.DataFrame,   # method, seed, step, name, value
+    log: 'pd.DataFrame',   # method, seed, step, name, value
     cohort: str,
-) -> Figure:
+) -> 'Figure':
     "Loss, odds and likelihood over the updates, a colour per method, a mean over seeds."
+    import matplotlib.pyplot as plt
     panels = [p for p in _PANELS if set(p[2]) & set(log.name)]
     fig, axes = plt.subplots(1, len(panels), figsize=(3.1*len(panels), 2.9), squeeze=False)
     for ax, (title, key, names) in zip(axes[0], panels):
@@ -294,13 +310,14 @@ def training_figure(
 
 # %% ../nbs/50_report.ipynb #0046
 def by_answer(
-    per_case: pd.DataFrame,    # method, case_id, metric, value (several methods, seeds)
+    per_case: 'pd.DataFrame',  # method, case_id, metric, value (several methods, seeds)
     cases: Sequence[Case],
     catalogue: Catalogue,
     label: str,                # key of `Case.labels`
     metric: str = 'top5',
-) -> pd.DataFrame:             # answers by methods; the index holds name and number of cases
+) -> 'pd.DataFrame':           # answers by methods; the index holds name and number of cases
     "Mean of a metric for every true answer and method."
+    import pandas as pd
     true = {c.id: c.labels.get(label) for c in cases}
     t = per_case[per_case.metric == metric].assign(answer=lambda d: d.case_id.map(true)).dropna(subset='answer')
     n = t.groupby('answer').case_id.nunique()
@@ -313,11 +330,13 @@ def by_answer(
 # %% ../nbs/50_report.ipynb #0048
 @drawn
 def heat_figure(
-    wide: pd.DataFrame,   # from `by_answer`
+    wide: 'pd.DataFrame',   # from `by_answer`
     cohort: str,
     metric: str = 'top5',
-) -> Figure:
+) -> 'Figure':
     "A metric for each answer and method."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     simulated = 'simulated' in cohort
     longest = max(map(len, wide.index))
     fig, ax = plt.subplots(figsize=(1.3 + .065*longest + .55*wide.shape[1], 1.7 + .23*len(wide)))
@@ -341,12 +360,13 @@ def interval_text(
 
 # %% ../nbs/50_report.ipynb #0053
 def results_wide(
-    table: pd.DataFrame,   # method, seed, metric, value, lo, hi, n, groups
+    table: 'pd.DataFrame',   # method, seed, metric, value, lo, hi, n, groups
     metrics: Sequence[str] = COLUMNS,
     simulated: bool = False,
     labels: bool = True,   # call methods by their labels; False: by their names
-) -> pd.DataFrame:         # a row per method, cells as text
+) -> 'pd.DataFrame':       # a row per method, cells as text
     "The results as a table to read: per cent with 95 % intervals."
+    import pandas as pd
     t = pooled(table).set_index(['method', 'metric'])
     cell = lambda m, x: interval_text(*t.loc[(m, x), ['value', 'lo', 'hi']]) if (m, x) in t.index else ''
     rows = in_order(table.method)
@@ -354,7 +374,7 @@ def results_wide(
 
 # %% ../nbs/50_report.ipynb #0055
 def results_markdown(
-    wide: pd.DataFrame,   # cells as text
+    wide: 'pd.DataFrame',   # cells as text
     note: str,            # line above the table: cohort, cases, intervals
 ) -> str:
     "A Markdown table with a line that says what it shows."
@@ -375,13 +395,14 @@ def data_uri(
 
 # %% ../nbs/50_report.ipynb #0061
 def figure_html(
-    fig: Figure,
+    fig: 'Figure',
     caption: str,        # what it shows and how to read it, plain text
     alt: str = '',       # for readers who cannot see it
 ) -> str:
     "A figure, as vector graphics inside the page, with its caption."
+    import matplotlib.pyplot as plt
     buffer = io.BytesIO()
-    with plt.rc_context(_STYLE): fig.savefig(buffer, format='svg', metadata={'Date': None})
+    with plt.rc_context(_style()): fig.savefig(buffer, format='svg', metadata={'Date': None})
     width = round(96*fig.get_size_inches()[0])
     img = f'<img src="{data_uri(buffer.getvalue(), "svg+xml")}" alt="{html.escape(alt or caption)}" style="width:{width}px">'
     return f'<figure><div class="scroll">{img}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
@@ -394,7 +415,7 @@ def _cell(text: str) -> str:
     return f'<td>{value}<small>{interval}</small></td>' if interval else f'<td>{html.escape(str(text))}</td>'
 
 def table_html(
-    wide: pd.DataFrame,               # cells as text; the first column names the row
+    wide: 'pd.DataFrame',             # cells as text; the first column names the row
     caption: str = '',
     colours: Optional[Sequence[str]] = None,   # a colour per row, drawn as a dot
 ) -> str:
@@ -409,8 +430,9 @@ def confusion(
     rankings: Rankings,        # of one method
     cases: Sequence[Case], catalogue: Catalogue,
     label: str,                # key of `Case.labels`
-) -> pd.DataFrame:             # true answers by first answers and 'no answer'; each row adds up to one
+) -> 'pd.DataFrame':           # true answers by first answers and 'no answer'; each row adds up to one
     "Which answer is named first for which truth."
+    import pandas as pd
     first = {i: (ids or [None])[0] for i, (ids, _) in listed_answers(rankings).items()}
     pairs = [(c.labels[label], first.get(c.id) if first.get(c.id) in catalogue else 'no answer') for c in cases if c.labels.get(label) in catalogue]
     t = pd.crosstab(*map(pd.Series, zip(*pairs)), normalize='index').reindex(columns=[*catalogue.ids, 'no answer'], fill_value=0.)
@@ -420,10 +442,12 @@ def confusion(
 # %% ../nbs/50_report.ipynb #0068
 @drawn
 def confusion_figure(
-    tables: dict[str, pd.DataFrame],   # method to `confusion`
+    tables: 'dict[str, pd.DataFrame]',   # method to `confusion`
     cohort: str,
-) -> Figure:
+) -> 'Figure':
     "A confusion matrix for each of some methods."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     n, k = max(map(len, tables.values())), len(tables)
     cell = min(.2, (7.6 - .4*k)/k/n)                                     # inches; the page is about nine wide
     fig, axes = plt.subplots(1, k, figsize=(1.4 + (.4 + cell*(n + 1))*k, 1.9 + cell*n), sharey=True, squeeze=False)
@@ -434,12 +458,12 @@ def confusion_figure(
     axes[0][0].set_ylabel('truth')
     return fig
 
-def balanced(t: pd.DataFrame) -> float:
+def balanced(t: 'pd.DataFrame') -> float:
     "Mean share of right first answers over the true answers: the diagonal of `confusion`."
     return float(np.mean([t.loc[i, i] for i in t.index]))
 
 # %% ../nbs/50_report.ipynb #0071
-def balanced_scores(per_case: pd.DataFrame, cases: Sequence[Case], label: str) -> pd.DataFrame:
+def balanced_scores(per_case: 'pd.DataFrame', cases: Sequence[Case], label: str) -> 'pd.DataFrame':
     "Top-1 again as `balanced`, with a column `answer`: each true answer weighs the same in its mean."
     truth = {c.id: c.labels.get(label) for c in cases}
     t = per_case[(per_case.metric == 'top1') & per_case.case_id.map(truth).notna()]
@@ -448,11 +472,12 @@ def balanced_scores(per_case: pd.DataFrame, cases: Sequence[Case], label: str) -
 # %% ../nbs/50_report.ipynb #0074
 @drawn
 def map_figure(
-    maps: pd.DataFrame,       # case_id, cell, value
+    maps: 'pd.DataFrame',     # case_id, cell, value
     images: dict[str, Path],  # case id to tile, in the order to show
     cohort: str,
-) -> Figure:
+) -> 'Figure':
     "Tiles above, and below them the same tiles in grey with their maps: red speaks for the true answer, blue against it."
+    import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, len(images), figsize=(1.25*len(images), 2.8), squeeze=False)
     for (above, below), (case, path) in zip(axes.T, images.items()):
         tile, heat = plt.imread(path), maps[maps.case_id == case].sort_values('cell').value.to_numpy()
@@ -569,8 +594,8 @@ def page_html(
 
 # %% ../nbs/50_report.ipynb #0094
 def headline(
-    table: pd.DataFrame,         # method, seed, metric, value, lo, hi, n, groups
-    differences: pd.DataFrame,   # a, b, metric, diff, lo, hi
+    table: 'pd.DataFrame',       # method, seed, metric, value, lo, hi, n, groups
+    differences: 'pd.DataFrame',   # a, b, metric, diff, lo, hi
     cohort: str,                 # for example '96 simulated patients'
     first: str = 'mint',
     metric: str = 'top1',
@@ -599,13 +624,13 @@ CAPTIONS = {
 
 # %% ../nbs/50_report.ipynb #0098
 def all_figures(
-    table: pd.DataFrame, differences: pd.DataFrame, per_case: pd.DataFrame,   # of the analysis
-    log: pd.DataFrame,                                      # method, seed, step, name, value; may be empty
+    table: 'pd.DataFrame', differences: 'pd.DataFrame', per_case: 'pd.DataFrame',   # of the analysis
+    log: 'pd.DataFrame',                                    # method, seed, step, name, value; may be empty
     cases: Sequence[Case], catalogue: Catalogue, label: str,
     cohort: str,                                            # footer of every figure
     first: str = 'mint',
-    more: Optional[dict[str, Figure]] = None,               # further figures with an entry in `CAPTIONS`
-) -> dict[str, tuple[Figure, str]]:                         # name to figure and caption, in the order of the report
+    more: 'Optional[dict[str, Figure]]' = None,             # further figures with an entry in `CAPTIONS`
+) -> 'dict[str, tuple[Figure, str]]':                       # name to figure and caption, in the order of the report
     "Every figure that the data of a run allow."
     out = {'accuracy': accuracy_figure(table, cohort=cohort)}
     if 'coverage' in set(table.metric): out['agreement'] = plane_figure(table, cohort=cohort)
@@ -650,6 +675,7 @@ def how_made_html(
     manifest: Sequence[dict], # entries of the run's manifest
 ) -> str:
     "Stages, versions and parameters of a run."
+    import pandas as pd
     done = {e['stage']: e for e in manifest if e['status'] == 'done'}
     rows = pd.DataFrame([(s, f"{e['seconds']:.1f}", e['peak_mb'], e['device'], e['key']) for s, e in done.items()], columns=['stage', 'seconds', 'peak MB', 'device', 'key'])
     params = without_folders(params)

@@ -9,13 +9,14 @@ __all__ = ['AUTHORS', 'ALWAYS', 'said_of_data', 'said_of_models', 'said_of_resul
 # %% ../nbs/51_reporting.ipynb #0003
 import html
 from pathlib import Path
-from typing import NamedTuple
-
-import pandas as pd
+from typing import TYPE_CHECKING, NamedTuple
 
 from .cohort import cohort_catalogue
 from .core import Run, read_json, versions
 from .tasks import get_task, list_sizes
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
 
 # %% ../nbs/51_reporting.ipynb #0007
 def said_of_data(run: Run) -> dict[str, str]:   # question to answer
@@ -49,7 +50,7 @@ def said_of_models(run: Run) -> dict[str, str]:
             'To make it again': f'mint-nb run with the parameters of {run.path.name}/params.yaml; the same seed gives the same preference data byte for byte'}
 
 # %% ../nbs/51_reporting.ipynb #0013
-def said_of_results(run: Run, table: pd.DataFrame) -> dict[str, str]:   # table: from `results_table`
+def said_of_results(run: Run, table: 'pd.DataFrame') -> dict[str, str]:   # table: from `results_table`
     "Metrics, intervals, size of the test."
     main, seed = table[table.metric == 'top1'], -1 if (table.seed == -1).any() else table.seed.iloc[0]
     rows = main[main.seed == seed]
@@ -74,7 +75,7 @@ class Answered(NamedTuple):
     answer: str
     open: bool     # the authors have to answer
 
-def checklist(run: Run, table: pd.DataFrame) -> list[Answered]:   # table: from `results_table`
+def checklist(run: Run, table: 'pd.DataFrame') -> list[Answered]:   # table: from `results_table`
     "All questions, answered as far as the run folder can."
     parts = (('Data', said_of_data(run)), ('Model', said_of_models(run)), ('Results', said_of_results(run, table)), ('Use', ALWAYS))
     return [Answered(part, q, a, False) for part, said in parts for q, a in said.items()] + [Answered('For the authors', q, a, True) for q, a in AUTHORS.items()]

@@ -14,12 +14,10 @@ import hashlib, os, re, subprocess, sys, tempfile, time, zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Optional, Sequence
 
-import bm25s, numpy as np, pandas as pd, torch   # bm25s: BM25 as a sparse matrix that numpy scores; no server, no Java
+import numpy as np   # bm25s: BM25 as a sparse matrix that numpy scores; no server, no Java
 from fastcore.basics import patch
-from safetensors.numpy import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from .core import InputError, RetrieveParams, atomic_path, cache_dir, digest, file_digest, locked, progress, read_json, versions, write_json
 from .findings import Extractor, is_tuning, with_extracted
@@ -27,8 +25,10 @@ from .matching import NaiveBayesRanker, answer_diseases, catalogue_of, gene_cata
 from .metrics import grouped_bootstrap
 from .ontology import Ontology, load_ontology, pool_annotations
 from .patients import add_note, listing, load_cases, phrase
-from .students import weights_dtype
 from .tasks import Case, Catalogue, Rankings, normalise
+
+if TYPE_CHECKING:   # imported where they are used
+    import pandas as pd
 
 # %% ../nbs/40_retrieve.ipynb #0006
 _CLASSES = {'Very frequent': .8, 'Frequent': .3, 'Occasional': .05, 'Rare': 0.}   # least share of patients
@@ -105,6 +105,7 @@ _K1, _B = .9, .4
 
 def words_of(texts: Sequence[str]) -> list[list[str]]:
     "Lower-case words of each text, without English function words."
+    import bm25s
     return bm25s.tokenize(list(texts), stopwords='en', return_ids=False, show_progress=False) if len(texts) else []
 
 @dataclass
@@ -116,6 +117,7 @@ class WordIndex:
     @classmethod
     def build(cls, texts: Sequence[str]) -> 'WordIndex':
         "Index some documents."
+        import bm25s
         words, bm25 = words_of(texts), bm25s.BM25(k1=_K1, b=_B)
         bm25.index([w or [''] for w in words], show_progress=False)
         return cls(bm25, float(np.mean([max(len(w), 1) for w in words])))
@@ -136,6 +138,7 @@ def rarity(self: WordIndex, words: Iterable[str]) -> dict[str, float]:
 @patch
 def score_text(self: WordIndex, text: str, queries: Sequence[str]) -> np.ndarray:
     "BM25 of one text that need not be in the index, for each query: (n,)."
+    import pandas as pd
     words = words_of([text])[0]
     count, rare = pd.Series(words, dtype=str).value_counts().to_dict(), self.rarity(words)
     norm = _K1*(1 - _B + _B*max(len(words), 1)/self.mean_words)
@@ -188,6 +191,9 @@ class Encoder:
     @classmethod
     def load(cls, name: str = 'minilm') -> 'Encoder':
         "Load 'minilm' or a folder in sentence-transformers form."
+        from transformers import AutoModel, AutoTokenizer
+        import torch
+        from mint_nb.students import weights_dtype
         where, dtype = minilm_folder() if name == 'minilm' else Path(name), weights_dtype()
         if not (where/'config.json').exists(): raise InputError('is no folder of an encoder', file=where, field='retrieve.encoder', hint="'minilm', or a folder with config.json")
         stated = read_json(where/'1_Pooling'/'config.json') if (where/'1_Pooling'/'config.json').exists() else {'pooling_mode_mean_tokens': True}
@@ -199,7 +205,6 @@ class Encoder:
 
 # %% ../nbs/40_retrieve.ipynb #0033
 @patch
-@torch.inference_mode()
 def encode(self: Encoder,
     texts: Sequence[str],
     kind: Literal['query', 'document'] = 'query',
@@ -207,13 +212,15 @@ def encode(self: Encoder,
     batch: int = 32,
 ) -> np.ndarray:              # (n, width) float32, rows of length 1
     "Vectors of texts."
+    import torch
     before = self.prompts.get(kind) or ''
     ids = [self.tokenizer(before + t, truncation=True, max_length=max_tokens)['input_ids'] for t in texts]
     order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), np.zeros((len(ids), self.model.config.hidden_size), np.float32)
     parts = [order[s:s + batch] for s in range(0, len(order), batch)]
     for part in progress(parts, 'encoding') if len(parts) > 20 else parts:
         x = self.tokenizer.pad({'input_ids': [ids[i] for i in part]}, return_tensors='pt').to(self.model.device)
-        h, own = self.model(**x).last_hidden_state.float(), x['attention_mask'][..., None].bool()
+        with torch.inference_mode(): h = self.model(**x).last_hidden_state.float()
+        own = x['attention_mask'][..., None].bool()
         if self.pool == 'mean': v = (h*own).sum(1)/own.sum(1)
         else: v = h[:, 0] if self.pool == 'cls' else h.masked_fill(~own, -torch.inf).amax(1)
         out[part] = torch.nn.functional.normalize(v, dim=1).cpu().numpy()
@@ -256,6 +263,7 @@ _DOCUMENT_TOKENS = 256
 
 def word_index(texts: Sequence[str]) -> WordIndex:
     "The BM25 index of some documents, from the cache if it is there."
+    import bm25s
     out = cache_dir()/f"words-{digest([list(texts), _K1, _B, version('bm25s')])}"
     with locked(cache_dir()/f'.{out.name}.lock'):
         if not out.exists():
@@ -267,6 +275,7 @@ def word_index(texts: Sequence[str]) -> WordIndex:
 
 def document_vectors(texts: Sequence[str], encoder: Encoder) -> np.ndarray:
     "Vectors of documents (documents, width), from the cache if they are there."
+    from safetensors.numpy import load_file, save_file
     out = cache_dir()/f'vectors-{digest([list(texts), encoder.key, _DOCUMENT_TOKENS])}.safetensors'
     with locked(cache_dir()/f'.{out.name}.lock'):
         if not out.exists():
@@ -328,6 +337,7 @@ def parts(self: Retriever,
     cases: Optional[Sequence[Case]] = None,    # whose publications leak control forgets
 ) -> list[np.ndarray]:                         # BM25 (in units of its spread) and cosine as far as the kind needs them, each (n, documents)
     "Scores of the documents by each part of the search."
+    import pandas as pd
     kind, S = self.params.kind, []
     if kind != 'dense':
         found = self.words.scores(queries)
@@ -398,21 +408,26 @@ class Reranker:
     @classmethod
     def load(cls, folder: str) -> 'Reranker':
         "Load a sequence classifier with one output."
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from mint_nb.students import weights_dtype
         if not (Path(folder)/'config.json').exists(): raise InputError('is no folder of a model', file=folder, field='retrieve.reranker')
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=weights_dtype(), use_safetensors=True).eval()
         if model.config.num_labels != 1: raise InputError(f'has {model.config.num_labels} outputs, a reranker has 1', file=folder, field='retrieve.reranker')
         return cls(model.to('cuda' if torch.cuda.is_available() else 'cpu'), AutoTokenizer.from_pretrained(folder))
 
-    @torch.inference_mode()
-    def reorder(self, queries: Sequence[str], S: np.ndarray, passage: Callable[[int, int], str]) -> np.ndarray:
-        "Scores in which the head of each row follows the cross-encoder, and stays ahead of the rest; `passage(row, column)` is the text."
-        S = S.copy()
-        for i, query in enumerate(queries):
-            head = [j for j in np.argsort(-S[i], kind='stable')[:_HEAD] if S[i, j] > -np.inf]
-            x = self.tokenizer([query]*len(head), [passage(i, j) for j in head], truncation='longest_first', max_length=256, padding=True, return_tensors='pt')
-            new = self.model(**x.to(self.model.device)).logits[:, 0].float().cpu().numpy()
-            S[i, head] = S[i].max() + 1 + new - new.min()
-        return S
+# %% ../nbs/40_retrieve.ipynb #0064a
+@patch
+def reorder(self: Reranker, queries: Sequence[str], S: np.ndarray, passage: Callable[[int, int], str]) -> np.ndarray:
+    "Scores in which the head of each row follows the cross-encoder, and stays ahead of the rest; `passage(row, column)` is the text."
+    import torch
+    S = S.copy()
+    for i, query in enumerate(queries):
+        head = [j for j in np.argsort(-S[i], kind='stable')[:_HEAD] if S[i, j] > -np.inf]
+        x = self.tokenizer([query]*len(head), [passage(i, j) for j in head], truncation='longest_first', max_length=256, padding=True, return_tensors='pt')
+        with torch.inference_mode(): new = self.model(**x.to(self.model.device)).logits[:, 0].float().cpu().numpy()
+        S[i, head] = S[i].max() + 1 + new - new.min()
+    return S
 
 # %% ../nbs/40_retrieve.ipynb #0069
 def note_query(case: Case) -> str:
@@ -455,8 +470,9 @@ def recall_table(
     groups: Sequence[str],                   # of each case
     at: Sequence[int] = (1, 3, 10, 50),
     bootstrap: int = 2000,                   # resamples
-) -> pd.DataFrame:                           # metric, value, lo, hi, n, groups
+) -> 'pd.DataFrame':                         # metric, value, lo, hi, n, groups
     "Recall at several lengths, with 95 % intervals by group."
+    import pandas as pd
     rows = [(f'recall@{k}', *grouped_bootstrap(ranks <= k, groups, bootstrap), len(ranks), len(set(groups))) for k in at]
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
@@ -491,8 +507,9 @@ def compare_ranks(
     groups: Sequence[str],          # of each case
     bootstrap: int,
     at: Sequence[int] = (1, 3, 10, 50),
-) -> pd.DataFrame:                  # method, metric, value, lo, hi, n, groups
+) -> 'pd.DataFrame':                # method, metric, value, lo, hi, n, groups
     "Recall of each method, and of 'fusion' minus each other one, paired by case."
+    import pandas as pd
     out = [recall_table(r, groups, at, bootstrap).assign(method=m) for m, r in ranks.items()]
     for m in [m for m in ranks if m != 'fusion']:
         gains = [grouped_bootstrap((ranks['fusion'] <= k).astype(float) - (ranks[m] <= k), groups, bootstrap) for k in at]
@@ -506,8 +523,9 @@ def retrieval_table(
     encoder: Optional[Encoder] = None,
     answers: Optional[Catalogue] = None,      # None: all annotated OMIM diseases
     bootstrap: int = 2000,
-) -> pd.DataFrame:                            # control, notes, method, metric, value, lo, hi, n, groups
+) -> 'pd.DataFrame':                          # control, notes, method, metric, value, lo, hi, n, groups
     "Retrieval on notes beside naive Bayes on extracted findings."
+    import pandas as pd
     answers, encoder = answers or catalogue_of(ontology), encoder or Encoder.load()
     some = [c for c in cases if c.labels.get('disease') in answers and not is_tuning(c)]
     if not some: raise InputError('no case has a diagnosis that is annotated', field='labels.disease')
@@ -528,8 +546,9 @@ def write_retrieval(
     out: Path | str,           # CSV file
     sample: int = 600,         # phenopackets, drawn by seed 0 outside the tuning quarter
     bootstrap: int = 2000,
-) -> pd.DataFrame:             # `retrieval_table` with a column `cohort`
+) -> 'pd.DataFrame':           # `retrieval_table` with a column `cohort`
     "Measure retrieval on the real cases and write the table, with the command in its first line."
+    import pandas as pd
     ontology, encoder = load_ontology(), Encoder.load()
     answers, (notes, packs) = catalogue_of(ontology), (load_cases(Path(data)/f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip'))
     packs = [c for c in packs if c.labels.get('disease') in answers and not is_tuning(c)]
@@ -549,6 +568,7 @@ def search_speed(
     queries: Sequence[str],
 ) -> dict[str, float]:      # queries a second: 'all', 'words' (BM25), 'encoder' (with condensing); processor seconds a query; threads
     "Measure how many queries a second a retriever answers."
+    import torch
     jobs = {'all': lambda q: retriever.search(q), 'words': lambda q: retriever.words.scores(q)}
     if retriever.encoder: jobs['encoder'] = lambda q: retriever.encoder.encode([retriever.words.condense(x) for x in q], 'query')
     out: dict[str, float] = {'threads': torch.get_num_threads()}

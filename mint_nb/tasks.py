@@ -11,14 +11,15 @@ __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'PROTOCOLS', 'Finding', 'Case
 import json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
 from zlib import crc32
 
-import numpy as np, pandas as pd
+import numpy as np
 from fastcore.basics import patch
-from rapidfuzz import fuzz, process   # C++ string similarity; difflib would need seconds per answer over 8,000 names
 
 from .core import InputError, read_table, write_table
+
+if TYPE_CHECKING: import pandas as pd   # imported where it is used
 
 # %% ../nbs/02_tasks.ipynb #0006
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Case:
 # %% ../nbs/02_tasks.ipynb #0011
 def write_cases(path: Path | str, cases: Sequence[Case]) -> Path:
     "Write cases as a Parquet table; findings and labels as JSON text, so that any tool can read it."
+    import pandas as pd
     rows = [asdict(c) | {'phenotypes': json.dumps([asdict(f) for f in c.phenotypes]), 'labels': json.dumps(c.labels),
                          'candidates': json.dumps(c.candidates)} for c in cases]
     return write_table(path, pd.DataFrame(rows))
@@ -131,6 +133,7 @@ def may_be_misspelt(a: str, b: str) -> bool:
 
 @patch
 def _look_up(self: Catalogue, n: str) -> Resolved:
+    from rapidfuzz import fuzz, process   # in C++; difflib would need seconds an answer over 8,000 names
     if n in self._exact: return Resolved(self._exact[n], 'exact', 1.0)
     if n in self._synonym: return Resolved(self._synonym[n], 'synonym', 1.0)
     for found, score, _ in process.extract(n, self._fuzzy, scorer=fuzz.ratio, limit=5, score_cutoff=100*self.threshold) if n else ():
@@ -214,13 +217,14 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 # %% ../nbs/02_tasks.ipynb #0034
-Rankings: TypeAlias = pd.DataFrame
+Rankings: TypeAlias = 'pd.DataFrame'
 RANKING_COLUMNS = ('case_id', 'rank', 'answer_id', 'written', 'score', 'prob')
 
 def make_rankings(
     rows: Iterable[dict],   # records with some of the columns; the others become missing
 ) -> Rankings:
     "A checked rankings table from records."
+    import pandas as pd
     t = pd.DataFrame(list(rows), columns=list(RANKING_COLUMNS))
     t = t.astype({'case_id': 'str', 'answer_id': 'object', 'written': 'object', 'rank': 'int64', 'score': 'float64', 'prob': 'float64'})
     t['answer_id'] = t.answer_id.where(t.answer_id.notna(), None)

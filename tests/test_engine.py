@@ -219,6 +219,7 @@ def test_trl_trains_a_method_of_a_run(tmp_path, method):
 
 def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path, monkeypatch):
     import mint_nb.align as module
+    from mint_nb import engine
     from mint_nb.core import Run, file_digest, open_run
     run, keep, done = open_run(tmp_path/'run', 'smoke'), module.keep, []
     def dies_at_the_end(model, folder):
@@ -227,7 +228,7 @@ def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path
     monkeypatch.setattr(module, 'keep', dies_at_the_end)
     with pytest.raises(KeyboardInterrupt): module.align(run, 'sft')             # the phase is finished, the stage is not
     monkeypatch.setattr(module, 'keep', keep)
-    monkeypatch.setattr(module, 'train', lambda *a, real=module.train, **kw: done.append(a[4]) or real(*a, **kw))
+    monkeypatch.setattr(engine, 'train', lambda *a, real=engine.train, **kw: done.append(a[4]) or real(*a, **kw))
     other = Run(run.path, run.params.model_copy(update={'train': run.params.train.model_copy(update={'lr': 1e-2})}))
     module.align(other, 'sft'); first = file_digest(run/'align/sft-0/adapter')
     assert len(done) == 1, 'another rate: trained anew, and not taken from what the first left'

@@ -1,10 +1,10 @@
 "Contracts of the ontology that do not fit the notebook: other releases, broken files, the cache."
 import subprocess, sys
 
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 
 from mint_nb.core import InputError
-from mint_nb.ontology import HPO_FILES, load_ontology, ontology_folder
+from mint_nb.ontology import HPO_FILES, Ontology, load_ontology, ontology_folder, parse_genes, parse_hpoa, parse_obo
 
 OBO = '''format-version: 1.2
 data-version: hp/releases/2099-01-01
@@ -103,18 +103,71 @@ def test_frequencies_reach_upwards_and_forget(small):
 def test_the_cache_is_used_and_a_changed_file_gets_another(release, tmp_path):
     cache = tmp_path/'cache'
     load_ontology(release, cache)
-    first = {p: p.stat().st_mtime_ns for p in cache.rglob('*.parquet')}
+    first = {p: p.stat().st_mtime_ns for p in cache.rglob('*.arrow')}
+    assert first
     load_ontology(release, cache)
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob('*.parquet')} == first
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob('*.arrow')} == first
     (release/'hp.obo').write_text(OBO.replace('2099-01-01', '2099-02-02'))
     assert load_ontology(release, cache).version == '2099-02-02'
     assert len(list(cache.glob('ontology-*'))) == 2 and not list(cache.rglob('*.pkl'))
 
 def test_a_broken_cache_file_is_named(release, tmp_path):
     load_ontology(release, tmp_path/'cache')
-    broken = next((tmp_path/'cache').glob('ontology-*/rows.parquet'))
-    broken.write_bytes(b'PAR1')
-    with pytest.raises(InputError, match='rows.parquet'): load_ontology(release, tmp_path/'cache')
+    broken = next((tmp_path/'cache').glob('ontology-*/rows.arrow'))
+    broken.write_bytes(b'ARROW1')
+    with pytest.raises(InputError, match='rows.arrow'): load_ontology(release, tmp_path/'cache')
+
+def test_a_cut_cache_file_is_named(release, tmp_path):
+    load_ontology(release, tmp_path/'cache')
+    whole = next((tmp_path/'cache').glob('ontology-*/pooled.arrow'))
+    whole.write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(InputError, match='pooled.arrow'): load_ontology(release, tmp_path/'cache')
+
+def parsed(folder) -> Ontology:
+    "The ontology as it is parsed, without the cache."
+    version, terms, merged = parse_obo(folder/'hp.obo')
+    rows = parse_hpoa(folder/'phenotype.hpoa', merged)
+    rows = rows[rows.hpo_id.isin(set(terms.id))].reset_index(drop=True)
+    return Ontology(version, terms, merged, rows, parse_genes(folder/'genes_to_phenotype.txt'))
+
+@pytest.mark.parametrize('own', [True, False], ids=['small', 'whole'])
+def test_what_is_mapped_is_what_was_parsed(own, release, tmp_path):
+    folder = release if own else ontology_folder()
+    a, b = load_ontology(folder, tmp_path/'cache'), parsed(folder)
+    assert (a.version, a.terms, a.merged, a.diseases) == (b.version, b.terms, b.merged, b.diseases)
+    for t in a.terms[::1 if own else 50]:
+        assert (a.label(t), a.synonyms(t), a.parents(t)) == (b.label(t), b.synonyms(t), b.parents(t))
+        assert (a.ancestors(t), a.descendants(t)) == (b.ancestors(t), b.descendants(t)) and t in a.ancestors(t) & a.descendants(t)
+    for d in [*a.diseases, 'OMIM:0']:
+        assert (a.disease_synonyms(d), a.genes(d), a.inheritance(d)) == (b.disease_synonyms(d), b.genes(d), b.inheritance(d))
+        assert a.disease_findings(d) == b.disease_findings(d)
+    pd.testing.assert_frame_equal(a.rows, b.rows)
+    pd.testing.assert_frame_equal(a.pooled, b.pooled)
+    pd.testing.assert_frame_equal(a.annotations, b.annotations)
+    assert (a.closure != b.closure).nnz == 0 and (a.information_content == b.information_content).all()
+    some = list(a.diseases)[:40]
+    for leave in (None, 'PMID:1', a.rows.reference.iloc[0]):
+        x, y = (o.frequencies(some, exclude_reference=leave) for o in (a, b))
+        assert (x != y).nnz == 0 and x.nnz
+
+def test_findings_are_those_of_the_table(small):
+    "A disease's findings by way of the spans, and by a look through the whole table."
+    for d in small.diseases:
+        t = small.annotations[(small.annotations.disease_id == d) & (small.annotations.frequency > 0)]
+        assert sorted(small.disease_findings(d)) == sorted(zip(t.hpo_id, t.frequency))
+    assert small.cited_in('PMID:1') == ['OMIM:105830']
+
+def test_a_few_terms_need_no_table_library(release, tmp_path):
+    code = f"""import sys
+from mint_nb.ontology import load_ontology
+o = load_ontology({str(release)!r}, {str(tmp_path/'cache')!r})
+assert o.label('HP:0001250') == 'Seizure' and o.ancestors('HP:0001250') == {{'HP:0000118', 'HP:0000707', 'HP:0001250'}}
+assert o.synonyms('HP:0001250') == ['Epilepsy'] and o.parents('HP:0001250') == ['HP:0000707'] and o.genes('OMIM:105830')
+assert o.disease_findings('OMIM:105830')[0] == ('HP:0001250', .5) and o.inheritance('OMIM:105830') == ['HP:0000006']
+print(sorted({{'pandas', 'scipy'}} & set(sys.modules)))"""
+    load_ontology(release, tmp_path/'cache')
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == '[]'
 
 @pytest.mark.parametrize('name, text, message', [
     ('hp.obo', 'format-version: 1.2\n', 'no data-version'),

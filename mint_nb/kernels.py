@@ -98,7 +98,7 @@ def set_threads(asked: Optional[str]) -> None:   # value of OMP_NUM_THREADS; Non
         threadpoolctl.threadpool_limits(n, 'openmp')
         torch.set_num_threads(n)
 
-# %% ../nbs/56_kernels.ipynb #0026
+# %% ../nbs/56_kernels.ipynb #0027
 def take_on(request: dict, files: Sequence[int]) -> None:
     "In a fork: environment, folder, streams, limits, threads and random numbers of whoever asked."
     import numpy as np
@@ -116,7 +116,7 @@ def take_on(request: dict, files: Sequence[int]) -> None:
     np.random.seed()
     set_threads(request['env'].get('OMP_NUM_THREADS'))
 
-# %% ../nbs/56_kernels.ipynb #0031
+# %% ../nbs/56_kernels.ipynb #0032
 class WarmServer:
     "Listens at `place`, forks kernels, and knows which are running and for whom."
     def __init__(self,
@@ -138,7 +138,7 @@ class WarmServer:
         "Wake up for a file, and know why."
         self.events.register(file, selectors.EVENT_READ, (what, pid))
 
-# %% ../nbs/56_kernels.ipynb #0032
+# %% ../nbs/56_kernels.ipynb #0033
 def _forget(server: WarmServer, pid: int) -> None:
     "Close what belongs to a kernel."
     server.kernels.pop(pid).close()
@@ -151,7 +151,7 @@ def _asker(channel: socket.socket) -> int:
     "The process at the other end, as the operating system says."
     return struct.unpack('3i', channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
-# %% ../nbs/56_kernels.ipynb #0035
+# %% ../nbs/56_kernels.ipynb #0036
 def _answer(server: WarmServer) -> Optional[tuple[dict, list[int]]]:
     "Take one request; in the fork, what was asked for, in the warm process None."
     channel, _ = server.listener.accept()
@@ -176,7 +176,7 @@ def _short_answer(server: WarmServer, request: dict) -> dict:
     why = refusal(request, server.env, threads=len(os.listdir('/proc/self/task')))
     return {'refused': why} if why else {}
 
-# %% ../nbs/56_kernels.ipynb #0036
+# %% ../nbs/56_kernels.ipynb #0037
 PDEATHSIG = 1      # of prctl: the signal that the system sends to a process when its parent ends
 
 def _in_fork(server: WarmServer, channel: socket.socket, request: dict) -> dict:
@@ -192,7 +192,7 @@ def _in_fork(server: WarmServer, channel: socket.socket, request: dict) -> dict:
     server.events.close()
     return request
 
-# %% ../nbs/56_kernels.ipynb #0037
+# %% ../nbs/56_kernels.ipynb #0038
 def _step(server: WarmServer, what: str, pid: int) -> Optional[tuple[dict, list[int]]]:
     "React to one event; in a fork, what was asked for."
     if what == 'ask': return _answer(server)
@@ -204,7 +204,7 @@ def _step(server: WarmServer, what: str, pid: int) -> Optional[tuple[dict, list[
     _forget(server, pid)
     return None
 
-# %% ../nbs/56_kernels.ipynb #0039
+# %% ../nbs/56_kernels.ipynb #0040
 IDLE = 600.      # s
 
 def serve(server: WarmServer, idle: float = IDLE) -> Optional[tuple[dict, list[int]]]:
@@ -216,7 +216,7 @@ def serve(server: WarmServer, idle: float = IDLE) -> Optional[tuple[dict, list[i
             if asked := _step(server, what, pid): return asked
     return None
 
-# %% ../nbs/56_kernels.ipynb #0041
+# %% ../nbs/56_kernels.ipynb #0042
 SINGLE = {'OPENBLAS_NUM_THREADS': '1', 'JE_ARROW_MALLOC_CONF': 'background_thread:false'}   # no thread while loading
 
 def serve_kernels(place: str, owner: int) -> None:
@@ -240,7 +240,7 @@ def become_kernel(request: dict, files: list[int], parent: int) -> None:
     from ipykernel.kernelapp import launch_new_instance
     launch_new_instance()
 
-# %% ../nbs/56_kernels.ipynb #0043
+# %% ../nbs/56_kernels.ipynb #0044
 def share_kernels() -> str:
     "Where the warm process of this command is, as PLACE:OWNER; `MINT_WARM` tells what the command starts."
     place = os.environ.get('MINT_WARM', '')
@@ -249,7 +249,7 @@ def share_kernels() -> str:
         place = os.environ['MINT_WARM'] = f'{folder}/k:{os.getpid()}'
     return place
 
-# %% ../nbs/56_kernels.ipynb #0045
+# %% ../nbs/56_kernels.ipynb #0046
 _servers: list = []      # started by this process
 START = 'import sys; from mint_nb.kernels import serve_kernels; serve_kernels(sys.argv[1], int(sys.argv[2]))'
 
@@ -263,7 +263,7 @@ def _start(place: str, owner: str) -> None:
     _servers.append(process)
     while not Path(place).exists() and process.poll() is None: time.sleep(.01)
 
-# %% ../nbs/56_kernels.ipynb #0046
+# %% ../nbs/56_kernels.ipynb #0047
 def _connected() -> Optional[socket.socket]:
     "A connection to the warm process, which is started if it is not there; None if it cannot be."
     place, _, owner = share_kernels().rpartition(':')
@@ -276,7 +276,7 @@ def _connected() -> Optional[socket.socket]:
             except OSError: channel.close(); _start(place, owner)
     return None
 
-# %% ../nbs/56_kernels.ipynb #0048
+# %% ../nbs/56_kernels.ipynb #0049
 class ForkedKernel:
     "A kernel that the warm process has forked, with what jupyter_client wants of a `subprocess.Popen`."
     stdin = stdout = stderr = None
@@ -302,7 +302,7 @@ class ForkedKernel:
     def terminate(self) -> None: self.send_signal(signal.SIGTERM)
     def kill(self) -> None: self.send_signal(signal.SIGKILL)
 
-# %% ../nbs/56_kernels.ipynb #0050
+# %% ../nbs/56_kernels.ipynb #0051
 _running: Any = weakref.WeakSet()      # forked kernels of this process
 
 def fork_kernel(
@@ -312,8 +312,8 @@ def fork_kernel(
     **how: Any,                    # what else `Popen` would get
 ) -> Optional[ForkedKernel]:       # None: it has to be started the ordinary way
     "Let the warm process fork what `cmd` would start."
-    ours = '-m' in cmd and os.path.realpath(cmd[0]) == os.path.realpath(sys.executable)
-    if not ours or 'ipykernel_launcher' not in cmd or how.get('independent'): return None
+    ours = 'ipykernel_launcher' in cmd and os.path.realpath(cmd[0]) == os.path.realpath(sys.executable)
+    if not ours or how.get('independent') or not can_fork(): return None
     request = {'argv': list(cmd[cmd.index('ipykernel_launcher') + 1:]), 'env': dict(os.environ if env is None else env),
                'cwd': os.path.abspath(cwd or os.getcwd()), 'limits': limits()}
     try: channel, said = _asked(request, [1, 2])
@@ -325,14 +325,14 @@ def fork_kernel(
     warnings.warn(f'a kernel is started the ordinary way: {reason}', stacklevel=2)
     return None
 
-# %% ../nbs/56_kernels.ipynb #0051
+# %% ../nbs/56_kernels.ipynb #0052
 def _asked(request: dict, files: Sequence[int] = ()) -> tuple[socket.socket, dict]:
     "Send a request to the warm process: the connection, and the answer."
     if not (channel := _connected()): raise EOFError('it ended before it listened')
     _send(channel, request, files)
     return channel, _receive(channel)[0]
 
-# %% ../nbs/56_kernels.ipynb #0055
+# %% ../nbs/56_kernels.ipynb #0056
 def kernels_of(pid: int) -> list[int]:
     "Process numbers of the forked kernels that run for a process."
     try:
@@ -348,10 +348,10 @@ def stop_kernels() -> None:
         if kernel.poll() is None: os.killpg(kernel.pid, signal.SIGTERM)
     for child in psutil.Process().children(recursive=True): child.terminate()
 
-# %% ../nbs/56_kernels.ipynb #0057
+# %% ../nbs/56_kernels.ipynb #0058
 @functools.cache
 def warm_manager() -> type:
-    "The class of kernel manager whose kernels are forked."
+    "The class of kernel manager whose kernels are forked where that is possible."
     from jupyter_client.manager import AsyncKernelManager          # not for a command that starts no kernel
     from jupyter_client.provisioning import LocalProvisioner
 
@@ -370,7 +370,7 @@ def warm_manager() -> type:
 
     return WarmManager
 
-# %% ../nbs/56_kernels.ipynb #0058
+# %% ../nbs/56_kernels.ipynb #0059
 def warm_up() -> None:
     "Start the warm process in the background, for a command that will soon want a kernel."
     if can_fork(): threading.Thread(target=_touch, daemon=True).start()
@@ -379,7 +379,7 @@ def _touch() -> None:
     "Connect once."
     if channel := _connected(): channel.close()
 
-# %% ../nbs/56_kernels.ipynb #0060
+# %% ../nbs/56_kernels.ipynb #0061
 class NotebookFailed(RuntimeError):
     "A stage notebook did not finish; knows the executed copy, the failing cell and the error."
     def __init__(self,
@@ -395,7 +395,7 @@ class NotebookFailed(RuntimeError):
         source = f'{source}\n' if source else ''
         super().__init__(f'{self.copy.stem} failed{where}: {error}: {message}\n{source}  executed copy: {copy}')
 
-# %% ../nbs/56_kernels.ipynb #0063
+# %% ../nbs/56_kernels.ipynb #0064
 class BarsOnly:
     "A text stream that passes progress bars on to the terminal and drops everything else."
     def __init__(self, stream: Any = None): self.stream = stream or sys.stderr   # where bars go
@@ -407,7 +407,7 @@ class BarsOnly:
         "Flush the terminal."
         self.stream.flush()
 
-# %% ../nbs/56_kernels.ipynb #0065
+# %% ../nbs/56_kernels.ipynb #0066
 def _ipc(folder: str) -> Any:
     "Configuration of a kernel that talks over sockets in `folder` (a short path: Unix allows about 100 characters)."
     from traitlets.config import Config
@@ -415,7 +415,7 @@ def _ipc(folder: str) -> Any:
     c.KernelManager.transport, c.KernelManager.connection_file = 'ipc', f'{folder}/k.json'
     return c
 
-# %% ../nbs/56_kernels.ipynb #0066
+# %% ../nbs/56_kernels.ipynb #0067
 def _failure(copy: Path, nb: Any) -> NotebookFailed:
     "The first cell of an executed notebook that did not finish, as an exception."
     for i, c in enumerate(nb.cells):
@@ -425,13 +425,13 @@ def _failure(copy: Path, nb: Any) -> NotebookFailed:
         if not _finished(c): return NotebookFailed(copy, 'KernelDied', why, c.source, i)
     return NotebookFailed(copy, 'Unknown', 'papermill reported a failure, but every cell ran')
 
-# %% ../nbs/56_kernels.ipynb #0067
+# %% ../nbs/56_kernels.ipynb #0068
 def _finished(cell: Any) -> bool:
     "Did the kernel answer that the cell is done? (Text and empty cells always are.)"
     text = cell.cell_type != 'code' or not cell.source.strip()
     return text or 'shell.execute_reply' in cell.metadata.get('execution', {})
 
-# %% ../nbs/56_kernels.ipynb #0068
+# %% ../nbs/56_kernels.ipynb #0069
 def run_notebook(
     source: Path | str,                # notebook
     copy: Path | str,                  # where its executed copy goes
@@ -445,12 +445,12 @@ def run_notebook(
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # threads that wait must not burn a core that others need
     copy = Path(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
-    forked = {'kernel_manager_class': warm_manager()} if can_fork() else {}
     with tempfile.TemporaryDirectory(prefix='mint') as d:
         try:
             nb = pm.execute_notebook(str(source), str(copy), values or {}, kernel_name='python3', cwd=cwd and str(cwd),
                                      config=_ipc(d), extra_arguments=['--IPKernelApp.log_level=50'], progress_bar=False,
-                                     stderr_file=None if quiet else BarsOnly(), coalesce_streams=True, **forked)
+                                     stderr_file=None if quiet else BarsOnly(), coalesce_streams=True,
+                                     kernel_manager_class=warm_manager())
         except (pm.PapermillExecutionError, DeadKernelError) as e: raise _failure(copy, nbformat.read(copy, 4)) from e
     if not all(map(_finished, nb.cells)): raise _failure(copy, nb)
     return copy

@@ -176,6 +176,7 @@ def run_step(
 # %% ../nbs/60_pipeline.ipynb #0048
 def check_methods(params: Params) -> None:
     "Refuse a method that nobody knows, before an hour of work and not after it."
+    warm_up()                                # it loads the libraries of the kernels meanwhile
     from mint_nb.predict import get_method   # imports torch
     for m in params.methods: get_method(m)
 
@@ -250,9 +251,7 @@ def run_pipeline(
     run = prepare_run(out, profile, overrides)
     steps = [s for s in plan(run.params) if not until or s.notebook <= until]
     todo = [s for s in steps if not stage_done(run, s.stage)]
-    if todo:
-        warm_up()
-        check_methods(run.params)
+    if todo: check_methods(run.params)
     workers, count = worker_count(run.params, workers), iter(range(1, len(steps) + 1))
     say(f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, about {minutes(elapsed(run.params, todo, workers))}')
     bar = lambda text: quiet or BarsOnly().write(f'\r\033[K{text}')

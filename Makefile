@@ -137,5 +137,5 @@ hooks: .make/env  ## git hooks: notebooks stay clean, merge cell by cell, agree 
 
 .PHONY: clean
 clean:  ## remove what was built (not runs/, not .venv)
-	rm -rf .make/docs _docs _proc build dist *.egg-info .pytest_cache
+	rm -rf .make/docs .make/smoke _docs _proc build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ __all__ = ['LIBRARIES', 'GPUS', 'READ_WHEN_LOADED', 'INLINE', 'LIMITS', 'PDEATHS
            'stop_kernels', 'warm_manager', 'warm_up', 'NotebookFailed', 'BarsOnly', 'run_notebook']
 
 # %% ../nbs/56_kernels.ipynb #0003
-import ctypes, fcntl, functools, gc, glob, importlib, json, os, random, resource, secrets, select, selectors
+import contextlib, ctypes, fcntl, functools, gc, glob, importlib, json, os, random, resource, secrets, select, selectors
 import shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time, warnings, weakref
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -111,7 +111,6 @@ def take_on(request: dict, files: Sequence[int]) -> None:
     for name, both in request['limits'].items(): resource.setrlimit(getattr(resource, name), both)
     for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    time.tzset()
     random.seed()
     np.random.seed()
     set_threads(request['env'].get('OMP_NUM_THREADS'))
@@ -123,7 +122,7 @@ class WarmServer:
         place: str,    # path of the socket
         owner: int,    # process with which it ends
     ):
-        self.env = dict(os.environ)
+        self.env, self.pid = dict(os.environ), os.getpid()
         self.kernels: dict = {}      # of each kernel the channel of who asked
         self.clients: dict = {}      # and its process number
         self.events = selectors.DefaultSelector()
@@ -183,7 +182,7 @@ def _in_fork(server: WarmServer, channel: socket.socket, request: dict) -> dict:
     "A session of its own, nothing of the server's in hand, and word to whoever asked."
     os.setsid()
     ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1: os._exit(1)                      # it ended in this moment
+    if os.getppid() != server.pid: os._exit(1)             # it ended in this moment
     _send(channel, {'pid': os.getpid()})
     channel.close()
     for key in list(server.events.get_map().values()):
@@ -197,7 +196,8 @@ def _step(server: WarmServer, what: str, pid: int) -> Optional[tuple[dict, list[
     "React to one event; in a fork, what was asked for."
     if what == 'ask': return _answer(server)
     if pid not in server.kernels: return None              # both ends were seen at once
-    if what == 'client': os.killpg(pid, signal.SIGKILL)
+    if what == 'client':
+        with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     try: _send(server.kernels[pid], {'ended': os.waitstatus_to_exitcode(status)})
     except OSError: pass                                   # whoever asked has gone
@@ -272,6 +272,7 @@ def _connected() -> Optional[socket.socket]:
         fcntl.flock(lock, fcntl.LOCK_EX)                   # of several that find none, one starts it
         for _ in range(2):
             channel = socket.socket(socket.AF_UNIX)
+            channel.settimeout(300)                        # it may be busy loading
             try: channel.connect(place); return channel
             except OSError: channel.close(); _start(place, owner)
     return None
@@ -326,9 +327,15 @@ def fork_kernel(
     return None
 
 # %% ../nbs/56_kernels.ipynb #0052
+def _last_words() -> str:
+    "The last line that the warm process has written."
+    log = Path(share_kernels().rpartition(':')[0]).parent/'log'
+    lines = log.read_text().strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else 'it ended before it listened'
+
 def _asked(request: dict, files: Sequence[int] = ()) -> tuple[socket.socket, dict]:
     "Send a request to the warm process: the connection, and the answer."
-    if not (channel := _connected()): raise EOFError('it ended before it listened')
+    if not (channel := _connected()): raise EOFError(_last_words())
     _send(channel, request, files)
     return channel, _receive(channel)[0]
 
@@ -345,8 +352,10 @@ def stop_kernels() -> None:
     "End all kernels of this process, and what else it has started."
     import psutil
     for kernel in list(_running):
-        if kernel.poll() is None: os.killpg(kernel.pid, signal.SIGTERM)
-    for child in psutil.Process().children(recursive=True): child.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            if kernel.poll() is None: os.killpg(kernel.pid, signal.SIGTERM)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess): child.terminate()
 
 # %% ../nbs/56_kernels.ipynb #0058
 @functools.cache

@@ -28,11 +28,17 @@ run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; r
 	$(BIN)/mint-nb run --profile laptop --out $(OUT)
 
 .PHONY: test
-test: .make/env  ## every notebook that has changed since it last ran (all of them in a fresh clone), then the tests in tests/
-	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py --test --workers $(WORKERS)
-	MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: .make/env  ## every notebook that has changed since it last ran (all of them in a fresh clone), then all tests in tests/
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py --execute --workers $(WORKERS)
+	$(PYTEST) --durations=10
+
+.PHONY: check
+check: .make/env  ## while you work, at most two minutes: lint, types, modules in sync, the fast half of the tests
+	$(MAKE) lint
+	$(PYTEST) -m "not slow"
 
 QUIETLY = MINT_QUIET=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST = $(QUIETLY) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 EXAMPLES ?= 10000
 .PHONY: fuzz
 fuzz: .make/env  ## every loader and parser against EXAMPLES=10000 damaged inputs each, into benchmarks/fuzz.json
@@ -48,7 +54,7 @@ lint: .make/env  ## ruff over notebooks, modules and tests; types of the modules
 	$(BIN)/ruff check -q nbs mint_nb tests tools
 	$(BIN)/mypy
 
-COVER = $(QUIETLY) $(BIN)/coverage run
+COVER = MINT_WARM=0 $(QUIETLY) $(BIN)/coverage run
 .PHONY: coverage
 coverage: .make/env  ## which lines of the package the notebooks and tests run, into benchmarks/coverage.txt (40 minutes)
 	@mkdir -p .make/coverage
@@ -131,5 +137,5 @@ hooks: .make/env  ## git hooks: notebooks stay clean, merge cell by cell, agree 
 
 .PHONY: clean
 clean:  ## remove what was built (not runs/, not .venv)
-	rm -rf .make/docs _docs _proc build dist *.egg-info .pytest_cache
+	rm -rf .make/docs .make/smoke _docs _proc build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

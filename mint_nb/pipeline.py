@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ALIGNED', 'SPEEDS', 'LEARNS', 'SIDE_BY_SIDE', 'nbs_folder', 'Step', 'students', 'looks', 'plan',
-           'work_seconds', 'estimate', 'elapsed', 'minutes', 'NotebookFailed', 'BarsOnly', 'run_notebook',
-           'prepare_run', 'run_step', 'check_methods', 'side_by_side', 'worker_count', 'threads', 'run_group',
-           'run_steps', 'run_pipeline', 'step_state', 'status']
+           'work_seconds', 'estimate', 'elapsed', 'minutes', 'prepare_run', 'run_step', 'check_methods', 'side_by_side',
+           'worker_count', 'threads', 'run_group', 'run_steps', 'run_pipeline', 'step_state', 'status']
 
 # %% ../nbs/60_pipeline.ipynb #0003
-import importlib.util, os, sys, tempfile
+import importlib.util, os
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import groupby
@@ -20,6 +19,7 @@ from typing import Any, Callable, Literal, Optional, Sequence
 import pandas as pd, yaml
 
 from .core import InputError, Params, Run, atomic_path, locked, native_bf16, open_params, open_run, resolve_params, stage_done
+from .kernels import BarsOnly, NotebookFailed, run_notebook, stop_kernels, warm_up
 from .privacy import check_shown
 from .tasks import get_task, method_name
 
@@ -144,78 +144,6 @@ def minutes(seconds: float) -> str:
     m = round(seconds/60)
     return f'{m} min' if m < 60 else f'{m//60} h {m % 60} min'
 
-# %% ../nbs/60_pipeline.ipynb #0031
-class NotebookFailed(RuntimeError):
-    "A stage notebook did not finish; knows the executed copy, the failing cell and the error."
-    def __init__(self,
-        copy: Path,              # executed copy of the notebook
-        error: str,              # name of the exception
-        message: str,            # its message
-        cell: str = '',          # source of the failing cell
-        index: Optional[int] = None,   # position of the cell in the notebook as executed
-    ):
-        self.copy, self.error, self.message, self.cell, self.index = Path(copy), error, message, cell, index
-        where = f' in cell {index}' if index is not None else ''
-        source = '\n'.join('    ' + l for l in cell.strip().splitlines()[:8])
-        super().__init__(f'{self.copy.stem} failed{where}: {error}: {message}\n' + (f'{source}\n' if source else '') + f'  executed copy: {copy}')
-
-# %% ../nbs/60_pipeline.ipynb #0034
-class BarsOnly:
-    "A text stream that passes progress bars on to the terminal and drops everything else."
-    def __init__(self, stream: Any = None): self.stream = stream or sys.stderr   # where bars go
-    def write(self, text: str) -> int:
-        "Pass `text` on if it is a bar."
-        if '\r' in text and self.stream.isatty(): self.stream.write(text); self.stream.flush()
-        return len(text)
-    def flush(self) -> None:
-        "Flush the terminal."
-        self.stream.flush()
-
-# %% ../nbs/60_pipeline.ipynb #0036
-def _ipc(folder: str) -> Any:
-    "Configuration of a kernel that talks over sockets in `folder` (a short path: Unix allows about 100 characters)."
-    from traitlets.config import Config
-    c = Config()
-    c.KernelManager.transport, c.KernelManager.connection_file = 'ipc', f'{folder}/k.json'
-    return c
-
-# %% ../nbs/60_pipeline.ipynb #0037
-def _failure(copy: Path, nb: Any) -> NotebookFailed:
-    "The first cell of an executed notebook that did not finish, as an exception."
-    for i, c in enumerate(nb.cells):
-        errors = [o for o in c.get('outputs', []) if o.output_type == 'error']
-        if errors: return NotebookFailed(copy, errors[0].ename, errors[0].evalue, c.source, i)
-        if not _finished(c): return NotebookFailed(copy, 'KernelDied', 'the kernel ended before this cell did (killed, or out of memory)', c.source, i)
-    return NotebookFailed(copy, 'Unknown', 'papermill reported a failure, but every cell ran')
-
-# %% ../nbs/60_pipeline.ipynb #0038
-def _finished(cell: Any) -> bool:
-    "Did the kernel answer that the cell is done? (Text and empty cells always are.)"
-    return cell.cell_type != 'code' or not cell.source.strip() or 'shell.execute_reply' in cell.metadata.get('execution', {})
-
-# %% ../nbs/60_pipeline.ipynb #0039
-def run_notebook(
-    source: Path | str,                # notebook
-    copy: Path | str,                  # where its executed copy goes
-    values: Optional[dict] = None,     # parameters, written behind the cell tagged `parameters`
-    cwd: Optional[Path | str] = None,  # working directory of the kernel; None: where you are
-    quiet: bool = False,               # drop the progress bars of the stage
-) -> Path:                             # the executed copy
-    "Execute a notebook with papermill; raises `NotebookFailed` with the failing cell."
-    import nbformat, papermill as pm
-    from nbclient.exceptions import DeadKernelError
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # threads that wait must not burn the core that another program needs
-    copy = Path(copy)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='mint') as d:
-        try:
-            nb = pm.execute_notebook(str(source), str(copy), values or {}, kernel_name='python3', cwd=cwd and str(cwd), config=_ipc(d),
-                                     extra_arguments=['--IPKernelApp.log_level=50'], progress_bar=False,
-                                     stderr_file=None if quiet else BarsOnly(), coalesce_streams=True)
-        except (pm.PapermillExecutionError, DeadKernelError) as e: raise _failure(copy, nbformat.read(copy, 4)) from e
-    if not all(map(_finished, nb.cells)): raise _failure(copy, nb)
-    return copy
-
 # %% ../nbs/60_pipeline.ipynb #0044
 def prepare_run(
     out: Path | str,                   # run folder
@@ -248,6 +176,7 @@ def run_step(
 # %% ../nbs/60_pipeline.ipynb #0048
 def check_methods(params: Params) -> None:
     "Refuse a method that nobody knows, before an hour of work and not after it."
+    warm_up()                                # it loads the libraries of the kernels meanwhile
     from mint_nb.predict import get_method   # imports torch
     for m in params.methods: get_method(m)
 
@@ -297,8 +226,7 @@ def run_group(
                     s = running.pop(f)
                     done(s, f.result()); finished.add(s.stage)
         except KeyboardInterrupt:
-            import psutil
-            for child in psutil.Process().children(recursive=True): child.terminate()     # the kernels; their threads end with them
+            stop_kernels()     # their threads end with them
             raise
 
 # %% ../nbs/60_pipeline.ipynb #0056

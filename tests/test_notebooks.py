@@ -1,16 +1,17 @@
 """The notebooks as source: in order, clean, in sync with the modules, small cells, enough prose."""
-import ast, builtins, dis, filecmp, importlib, re, shutil, statistics, subprocess, sys
+import ast, builtins, dis, filecmp, functools, importlib, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, yaml
 
+import overview
 from conftest import ROOT
 
 NBS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 PAGES = sorted(p for p in (ROOT/'nbs').glob('[a-z]*.ipynb') if p.stem != 'index')   # guides and other pages that export nothing
 STAGES = [p for p in NBS if p.stem[1] == '9']
 EXPORT = re.compile(r'^#\|\s*exporti?\b', re.M)
-read = lambda p: nbformat.read(p, 4)
+read = functools.cache(lambda p: nbformat.read(p, 4))
 code_cells = lambda nb: [c for c in nb.cells if c.cell_type == 'code']
 code = lambda c: '\n'.join(l for l in c.source.splitlines() if l.strip() and not l.strip().startswith('#'))
 modules = {re.search(r'^#\|\s*default_exp\s+(\w+)', '\n'.join(c.source for c in code_cells(read(p))), re.M)[1]: p for p in NBS}
@@ -153,6 +154,17 @@ def test_exports_are_shown_at_once():
 
 def test_readme_is_made_from_the_index():
     assert 'make docs' in (ROOT/'README.md').read_text().splitlines()[0]
+
+
+def test_the_table_of_tests_is_up_to_date():
+    assert (ROOT/'tests/README.md').read_text() == overview.readme(), 'run python tests/overview.py'
+
+
+def test_every_slow_name_is_a_test():
+    known = {p.stem for p in (ROOT/'tests').glob('test_*.py')}
+    for name in overview.slow():
+        module, _, test = name.partition('::')
+        assert module in known and (not test or f'def {test}(' in (ROOT/f'tests/{module}.py').read_text()), name
 
 
 @pytest.mark.parametrize('file', sorted(p.stem for p in (ROOT/'mint_nb').glob('[a-z]*.py')))

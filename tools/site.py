@@ -3,13 +3,16 @@
     python tools/site.py             everything
     python tools/site.py --readme    only README.md
     python tools/site.py --check     everything, and fail if README.md was not up to date
-    python tools/site.py --test      no site: nbdev_test of the notebooks that have not run as they are now, here or for the site
+    python tools/site.py --execute   no site: only the notebooks that have not been executed as they are now
+
+An executed copy serves tests and site: `make test` and `make docs` both execute what has changed, and nothing twice. Every code cell is executed,
+with its assertions, also those that nbdev_test would pass over (`#| eval: false`, and the flags slow and gpu of settings.ini). Each notebook
+has a kernel of its own, which is forked from a process that has loaded the libraries (56_kernels); `MINT_WARM=0` starts them one by one.
 
 Where Quarto is installed, `nbdev_docs` builds the same site from the same `_quarto.yml`.
 """
-import argparse, ast, os, re, shutil, subprocess, sys, tarfile, tempfile, time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import argparse, ast, json, os, re, shutil, subprocess, sys, tarfile, tempfile, time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +25,7 @@ os.environ |= {'IN_TEST': '1', 'MINT_QUIET': '1', 'OMP_NUM_THREADS': '1', 'TOKEN
 
 import nbformat
 from mint_nb.core import atomic_path, cache_dir, code_digest, digest, file_digest, locked
-from mint_nb.pipeline import NotebookFailed, run_notebook
+from mint_nb.kernels import NotebookFailed, can_fork, run_notebook, warm_up
 
 
 def code(cell) -> str:
@@ -46,41 +49,60 @@ def key(path: Path) -> str:
     return digest([[(c.cell_type, c.source) for c in nb.cells], [code_digest(m) for m in modules], file_digest(ROOT/'mint_nb/profiles'), file_digest(ROOT/'constraints.txt'), results])
 
 
+def copy_of(path: Path) -> Path:
+    "Where the executed copy of a notebook stands, once it is executed as it is now."
+    return MAKE/f'docs/{path.stem}-{key(path)}.ipynb'
+
+
 def execute(path: Path) -> tuple[str, float, str]:
     "Execute one notebook unless a copy with the same key is there: its name, seconds, and the error ('' if none)."
-    copy, start = MAKE/f'docs/{path.stem}-{key(path)}.ipynb', time.perf_counter()
+    copy, start = copy_of(path), time.perf_counter()
     if not copy.exists():
         with tempfile.TemporaryDirectory(dir=MAKE) as d:
             try: run_notebook(path, f'{d}/{path.name}', cwd=NBS, quiet=True)
-            except NotebookFailed as e: return path.stem, time.perf_counter() - start, f'{e.error} in cell {e.index}: {e.message}\n{e.cell}'
+            except NotebookFailed as e:
+                return path.stem, time.perf_counter() - start, f'{e.error} in cell {e.index}: {e.message}\n{e.cell}'
             for old in copy.parent.glob(f'{path.stem}-*.ipynb'): old.unlink()
-            copy.parent.mkdir(exist_ok=True); shutil.move(f'{d}/{path.name}', copy)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.move(f'{d}/{path.name}', copy)
     return path.stem, time.perf_counter() - start, ''
+
+
+LONGEST = ('60_pipeline', '13_dual', '32_engine', '61_study', '66_honest', '65_grid', '36_bench', '46_export')   # where nothing is remembered
+
+
+def longest_first(paths: list[Path]) -> list[Path]:
+    "By the seconds that they took last time: two at a time then end at about the same time."
+    file = MAKE/'docs/seconds.json'
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    guess = {name: 1000 - i for i, name in enumerate(LONGEST)}
+    return sorted(paths, key=lambda p: (-seconds.get(p.stem, guess.get(p.stem, 0)), p.name))
+
+
+def remember(seconds: dict[str, float]) -> None:
+    "Keep how long notebooks took."
+    file = MAKE/'docs/seconds.json'
+    before = json.loads(file.read_text()) if file.exists() else {}
+    with atomic_path(file) as tmp: tmp.write_text(json.dumps(before | seconds, indent=1))
 
 
 def execute_all(workers: int) -> None:
     "Execute what has changed, two notebooks at a time; stop with the errors if some fail."
     (MAKE/'docs').mkdir(parents=True, exist_ok=True)
-    failed = []
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        for name, seconds, error in pool.map(execute, sorted(NBS.glob('*.ipynb'))):
-            print(f'  {name:16} {"FAILED" if error else "executed" if seconds > .5 else "cached":8} {seconds:6.1f} s', flush=True)
-            if error: failed.append(f'{name}: {error}')
-    if failed: sys.exit('\n'.join(failed))
-
-
-def test_all(workers: int) -> None:
-    "nbdev_test of what has changed; a notebook that was executed for the site, or passed before, is not run again."
-    passed = {p: MAKE/f'tested/{p.stem}-{key(p)}' for p in sorted(NBS.glob('*.ipynb'))}
-    todo = [p for p, stamp in passed.items() if not stamp.exists() and not (MAKE/f'docs/{stamp.name}.ipynb').exists()]
-    print(f'{len(passed)} notebooks, {len(todo)} to test', flush=True)
+    paths, start = sorted(NBS.glob('*.ipynb')), time.perf_counter()
+    todo = longest_first([p for p in paths if not copy_of(p).exists()])
+    print(f'{len(paths)} notebooks, {len(todo)} to execute', flush=True)
     if not todo: return
-    done = subprocess.run([Path(sys.executable).parent/'nbdev_test', '--n_workers', str(workers), '--timing', '--file_re', f'^({"|".join(p.stem for p in todo)})[.]ipynb$'])
-    if done.returncode: sys.exit(done.returncode)
-    (MAKE/'tested').mkdir(parents=True, exist_ok=True)
-    for p in todo:
-        for old in (MAKE/'tested').glob(f'{p.stem}-*'): old.unlink()
-        passed[p].touch()
+    warm_up()
+    took, failed = {}, []
+    with ThreadPoolExecutor(workers) as pool:
+        for done in as_completed([pool.submit(execute, p) for p in todo]):
+            name, took[name], error = done.result()
+            print(f'  {name:20} {"FAILED" if error else "executed":8} {took[name]:6.1f} s', flush=True)
+            if error: failed.append(f'{name}: {error}')
+    remember(took)
+    print(f'{len(todo)} notebooks in {time.perf_counter() - start:.0f} s, kernels {"forked" if can_fork() else "one by one"}', flush=True)
+    if failed: sys.exit('\n'.join(failed))
 
 
 def executed(stem: str):
@@ -198,16 +220,16 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument('--readme', action='store_true', help='only README.md')
     args.add_argument('--check', action='store_true', help='fail if README.md was not up to date')
-    args.add_argument('--test', action='store_true', help='only test the notebooks that have changed')
+    args.add_argument('--execute', action='store_true', help='only execute the notebooks that have changed')
     args.add_argument('--workers', type=int, default=2, help='notebooks executed at a time')
     a = args.parse_args()
     MAKE.mkdir(exist_ok=True)
-    if a.test: return test_all(a.workers)
     with locked(MAKE/'site.lock'):
+        if a.execute: return execute_all(a.workers)
         if a.readme:
             name, seconds, error = execute(NBS/'index.ipynb')
             if error: sys.exit(error)
-        else: print('Executing the notebooks'); execute_all(a.workers)
+        else: execute_all(a.workers)
         same = readme()
         if not a.readme:
             print('Rendering'); process(); render()

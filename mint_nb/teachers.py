@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['View', 'MISSING', 'DRAW', 'SHIFTS', 'CONVERT', 'VIEWS', 'MIX', 'WORDS_FASTER', 'CLS', 'STAR', 'Job', 'phrases',
-           'word_tokenizer', 'gentle_start', 'small_vilt', 'cut_patches', 'visual_tokens', 'first_token', 'pooled',
-           'one_vector', 'Updates', 'drawn_elsewhere', 'random_faces', 'patch_places', 'moved_patches', 'one_core_each',
-           'face_loss', 'learn_faces', 'see_faces', 'read_weights', 'pretrained_vilt', 'Teacher', 'jitter', 'Lessons',
-           'weight_groups', 'side_by_side', 'fit_all', 'load_teacher', 'folds_of', 'judging_folds', 'unseen_answers',
-           'Division', 'divide', 'fold_jobs', 'trained', 'judged', 'cross_fit']
+           'word_tokenizer', 'gentle_start', 'small_vilt', 'cut_patches', 'visual_tokens', 'one_query', 'first_token',
+           'pooled', 'one_vector', 'Updates', 'drawn_elsewhere', 'random_faces', 'patch_places', 'moved_patches',
+           'one_core_each', 'face_loss', 'learn_faces', 'see_faces', 'read_weights', 'pretrained_vilt', 'Teacher',
+           'jitter', 'Lessons', 'weight_groups', 'side_by_side', 'fit_all', 'load_teacher', 'folds_of', 'judging_folds',
+           'unseen_answers', 'Division', 'divide', 'fold_jobs', 'trained', 'judged', 'cross_fit']
 
 # %% ../nbs/10_teachers.ipynb #0003
 import contextlib, copy, functools, os, queue, re, subprocess, sys, tempfile, threading
@@ -104,22 +104,34 @@ def visual_tokens(
     return F.linear(2*x - 1, projection.weight.flatten(1), projection.bias) + e.position_embeddings[:, 1:]
 
 # %% ../nbs/10_teachers.ipynb #0070
+def one_query(
+    y: Tensor,                       # (n, T, hidden) tokens
+    query: Any, key: Any, value: Any,   # linear layers
+    heads: int,
+    mask: Optional[Tensor] = None,   # (n, 1, T), added to the scores
+    dropout: Callable[[Tensor], Tensor] = lambda p: p,   # of the attention's weights
+) -> Tensor:                         # (n, hidden)
+    "Attention of the first token to all."
+    n, _, d = y.shape
+    e = d//heads
+    q = query(y[:, 0]).view(n, heads, e)/e**.5
+    scores = torch.einsum('nhe,hed->nhd', q, key.weight.view(heads, e, d)) @ y.transpose(1, 2)
+    p = dropout((scores if mask is None else scores + mask).softmax(-1))
+    seen = torch.einsum('nhd,hed->nhe', p @ y, value.weight.view(heads, e, d))
+    if value.bias is not None:
+        seen = seen + p.sum(-1, keepdim=True)*value.bias.view(heads, e)
+    return seen.flatten(1)
+
+# %% ../nbs/10_teachers.ipynb #0104
 def first_token(
     layer: Any,         # a ViLT layer, the last of its network
     x: Tensor,          # (n, T, hidden), what goes in
     mask: Tensor,       # (n, 1, 1, T), added to the scores
 ) -> Tensor:            # (n, hidden)
     "What a layer makes of the first token."
-    a, y = layer.attention.attention, layer.layernorm_before(x)
-    n, _, d = y.shape
-    heads, e = a.num_attention_heads, a.attention_head_size
-    q = a.query(y[:, 0]).view(n, heads, e)/e**.5
-    q = torch.einsum('nhe,hed->nhd', q, a.key.weight.view(heads, e, d))
-    p = a.dropout((q @ y.transpose(1, 2) + mask[:, 0]).softmax(-1))
-    seen = torch.einsum('nhd,hed->nhe', p @ y, a.value.weight.view(heads, e, d))
-    if a.value.bias is not None:
-        seen = seen + p.sum(-1, keepdim=True)*a.value.bias.view(heads, e)
-    x = x[:, 0] + layer.attention.output(seen.flatten(1), x[:, 0])
+    a = layer.attention.attention
+    seen = one_query(layer.layernorm_before(x), a.query, a.key, a.value, a.num_attention_heads, mask[:, 0], a.dropout)
+    x = x[:, 0] + layer.attention.output(seen, x[:, 0])
     return layer.output(layer.intermediate(layer.layernorm_after(x)), x)
 
 # %% ../nbs/10_teachers.ipynb #0072

@@ -31,7 +31,7 @@ from .images import load_image
 from .metrics import grouped_bootstrap
 from .nuclei import MORPHOLOGY, caption_words, describe_tile, random_tiles, tissue_texts
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
-from .teachers import folds_of, read_weights
+from .teachers import folds_of, one_query, read_weights
 from .tiles import load_tiles, stain_jitter, tissue_catalogue, turned
 
 # %% ../nbs/13_dual.ipynb #0007
@@ -74,7 +74,15 @@ def pixels(
 # %% ../nbs/13_dual.ipynb #0014
 def embed_tiles(model: CLIPModel, x: Tensor) -> Tensor:
     "Unit vectors (n, d) of tiles."
-    return F.normalize(model.get_image_features(pixel_values=x).pooler_output, dim=-1)
+    v = model.vision_model
+    x = v.pre_layrnorm(v.embeddings(x))
+    for layer in v.encoder.layers[:-1]:
+        x = layer(x, None)
+    last = v.encoder.layers[-1]
+    a, y = last.self_attn, last.layer_norm1(x)   # only the first token is read, see `one_query`
+    x = x[:, 0] + a.out_proj(one_query(y, a.q_proj, a.k_proj, a.v_proj, a.num_heads, dropout=lambda p: F.dropout(p, a.dropout, a.training)))
+    x = x + last.mlp(last.layer_norm2(x))
+    return F.normalize(model.visual_projection(v.post_layernorm(x)), dim=-1)
 
 # %% ../nbs/13_dual.ipynb #0015
 def embed_texts(model: CLIPModel, tok: Any, texts: Sequence[str]) -> Tensor:

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['LANDMARKS', 'AT', 'HEAD_TERMS', 'FRAME_TERMS', 'EYE_TERMS', 'LID_TERMS', 'NOSE_TERMS', 'MOUTH_TERMS', 'EAR_TERMS',
            'DRAWN', 'SIGNAL', 'SCATTER', 'SHAPE', 'CENTRE', 'ZOOM', 'SKINS', 'HAIRS', 'read_terms', 'drawn_terms',
-           'disease_gestalt', 'patient_gestalt', 'face', 'smooth', 'Pen', 'ellipse', 'shade', 'layout', 'mirror',
-           'outline', 'draw_back', 'draw_hair', 'draw_eye', 'draw_brows', 'draw_nose', 'draw_mouth', 'draw_relief',
-           'draw_face', 'draw_portrait', 'contact_sheet', 'load_image']
+           'disease_gestalt', 'patient_gestalt', 'face', 'smooth', 'Pen', 'circle', 'ellipse', 'shade', 'layout',
+           'mirror', 'outline', 'draw_back', 'draw_hair', 'draw_eye', 'draw_brows', 'draw_nose', 'draw_mouth',
+           'draw_relief', 'draw_face', 'draw_portrait', 'draw_faces', 'contact_sheet', 'load_image']
 
 # %% ../nbs/05_images.ipynb #0003
-import hashlib
+import functools, hashlib
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from .core import InputError, printable
+from .core import InputError, printable, progress
 
 # %% ../nbs/05_images.ipynb #0006
 LANDMARKS = tuple('''
@@ -256,9 +256,13 @@ def smooth(
     "Round a polygon by cutting corners."
     p = np.asarray(points, float)
     for _ in range(rounds):
-        a, b = (p, np.roll(p, -1, 0)) if closed else (p[:-1], p[1:])
-        q = np.stack([.75*a + .25*b, .25*a + .75*b], 1).reshape(-1, 2)
-        p = q if closed else np.concatenate([p[:1], q, p[-1:]])
+        a, b = (p, np.concatenate([p[1:], p[:1]])) if closed else (p[:-1], p[1:])
+        ends = 0 if closed else 1
+        q = np.empty((2*len(a) + 2*ends, 2))
+        q[ends:len(q) - ends:2], q[ends + 1:len(q) - ends:2] = .75*a + .25*b, .25*a + .75*b
+        if not closed:
+            q[0], q[-1] = p[0], p[-1]
+        p = q
     return p
 
 # %% ../nbs/05_images.ipynb #0036
@@ -267,42 +271,50 @@ CENTRE, ZOOM = np.array([.5, .52]), 1.3   # what part of the unit square is seen
 class Pen:
     "Draws in unit coordinates on an oversized sheet; mirrored pairs in one call."
     def __init__(self, size: int, scale: int, paper: tuple, skin: tuple, ink: tuple):
-        self.px, self.size, self.skin, self.ink, self.paper = size*scale, size, np.array(skin, float), np.array(ink, float), paper
+        self.px, self.size, self.paper = size*scale, size, paper
+        self.skin, self.ink = [float(v) for v in skin], [float(v) for v in ink]
         self.sheet = Image.new('RGB', (self.px, self.px), paper)
         self.draw = ImageDraw.Draw(self.sheet)
     def tone(self, dark: float) -> tuple:
         "Skin mixed with ink: 0 is skin, 1 is ink; negative is lighter than skin."
-        t = float(np.clip(dark, -1, 1))
-        mix = self.skin + t*(self.ink - self.skin) if t >= 0 else self.skin - t*(255 - self.skin)
-        return tuple(int(v) for v in mix)
+        t = min(max(float(dark), -1.), 1.)
+        return tuple(int(s + t*(i - s) if t >= 0 else s - t*(255 - s)) for s, i in zip(self.skin, self.ink))
     def at(self, points) -> list:
-        "Pixels of points in unit coordinates; the head fills the sheet."
-        return [(float(x), float(y)) for x, y in ((np.asarray(points, float) - CENTRE)*ZOOM + .5)*self.px]
+        "Pixels x, y, x, y, ... of points in unit coordinates; the head fills the sheet."
+        return (((np.asarray(points, float) - CENTRE)*ZOOM + .5)*self.px).ravel().tolist()
     def shape(self, points, fill=None, line=None, width=.008):
         "A filled closed curve with an optional outline."
         p = self.at(points)
         if fill is not None: self.draw.polygon(p, fill=fill)
-        if line is not None: self.draw.line(p + p[:2], fill=line, width=max(1, round(width*self.px)), joint='curve')
+        if line is not None: self.draw.line(p + p[:4], fill=line, width=max(1, round(width*self.px)), joint='curve')
     def stroke(self, points, line, width=.008):
         "An open line."
         self.draw.line(self.at(points), fill=line, width=max(1, round(width*self.px)), joint='curve')
 
 # %% ../nbs/05_images.ipynb #0038
+@functools.cache
+def circle(n: int) -> tuple[np.ndarray, np.ndarray]:
+    "Cosines and sines of `n` points around a circle; every part of every face asks for the same few."
+    t = np.linspace(0, 2*np.pi, n, endpoint=False)
+    return np.cos(t), np.sin(t)
+
 def ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0., n: int = 20) -> np.ndarray:
     "Points of an ellipse, turned by `turn` radians."
-    t = np.linspace(0, 2*np.pi, n, endpoint=False)
-    p = np.stack([rx*np.cos(t), ry*np.sin(t)], 1)
+    cos, sin = circle(n)
+    p = np.stack([rx*cos, ry*sin], 1)
     return p @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) + (x, y)
 
 def shade(pen: Pen, patches: Sequence[tuple], inside: np.ndarray) -> None:
     "Blend soft ellipses `(x, y, rx, ry, dark)` into the skin inside a curve."
     small = 32
-    mask = Image.new('L', (pen.px, pen.px)); ImageDraw.Draw(mask).polygon(pen.at(inside), fill=255)
+    mask = Image.new('L', pen.sheet.size)
+    ImageDraw.Draw(mask).polygon(pen.at(inside), fill=255)
+    mask = mask.crop(box := mask.getbbox() or (0, 0, 1, 1))   # outside there is nothing to blend
     yy, xx = ((np.mgrid[:small, :small] + .5)/small - .5)/ZOOM + CENTRE[::-1, None, None]
     total = sum(d*np.exp(-((xx - x)/rx)**2 - ((yy - y)/ry)**2) for x, y, rx, ry, d in patches)
     for sign, colour in ((1, pen.tone(1)), (-1, (255, 255, 255))):
-        depth = Image.fromarray((255*np.clip(sign*total, 0, .8)).astype('uint8')).resize(mask.size, Image.BILINEAR)
-        pen.sheet.paste(Image.new('RGB', mask.size, colour), (0, 0), Image.composite(depth, Image.new('L', mask.size), mask))
+        depth = Image.fromarray((255*np.clip(sign*total, 0, .8)).astype('uint8')).resize(pen.sheet.size, Image.BILINEAR)
+        pen.sheet.paste(colour, box, Image.composite(depth.crop(box), Image.new('L', mask.size), mask))
     pen.draw = ImageDraw.Draw(pen.sheet)
 
 # %% ../nbs/05_images.ipynb #0040
@@ -370,13 +382,15 @@ def draw_eye(pen: Pen, z: dict, at: dict, side: int) -> None:
     slant, lid = .0125*z['eye_slant'], float(np.clip(1 - .28*max(z['ptosis'], -1), .15, 1.25))
     almond = np.array([(-lx, slant), (-.5*lx, -ly*lid + .5*slant), (.4*lx, -1.1*ly*lid - .4*slant), (lx, -slant), (.4*lx, ly - .4*slant), (-.5*lx, .9*ly + .5*slant)])
     loop = smooth(np.stack([x + side*almond[:, 0], y + almond[:, 1]], 1), rounds=2)
-    mask = Image.new('L', pen.sheet.size); ImageDraw.Draw(mask).polygon(pen.at(loop), fill=255)
+    mask = Image.new('L', pen.sheet.size)
+    ImageDraw.Draw(mask).polygon(pen.at(loop), fill=255)
     ball = Image.new('RGB', pen.sheet.size, tuple(int(v) for v in np.array([250, 250, 248]) - np.clip(z['blue_sclera'], 0, 3)*np.array([45, 22, 2])))
     b, r, ix = ImageDraw.Draw(ball), max(.008, .0225*(1 + .11*z['iris'] + .05*z['eye_size'])), x - .012*z['squint']*(side > 0)
     b.polygon(Pen.at(pen, ellipse(ix, y, r, r)), fill=(88, 74, 66))
     c = int(20 + 75*np.clip(z['cloudy'], 0, 2.6)); b.polygon(Pen.at(pen, ellipse(ix, y, .5*r, .5*r)), fill=(c, c, c))
     if z['coloboma'] > .8: b.polygon(Pen.at(pen, [(ix - .6*r, y), (ix + .6*r, y), (ix + .5*r, y + 1.4*r), (ix - .5*r, y + 1.4*r)]), fill=(10, 10, 10))
-    pen.sheet.paste(ball, (0, 0), mask)
+    box = mask.getbbox() or (0, 0, 1, 1)
+    pen.sheet.paste(ball.crop(box), box, mask.crop(box))
     upper = smooth(np.stack([x + side*almond[:4, 0], y + almond[:4, 1]], 1), False, 2)
     pen.stroke(loop, pen.tone(.55), .005); pen.stroke(upper, pen.tone(1), .010 + .004*np.clip(z['lashes'], -1.5, 1.5))
     for p in upper[2:-1:3] if z['lashes'] > .4 else (): pen.stroke([p, p + (side*.006, -.010*z['lashes'])], pen.tone(1), .006)
@@ -390,7 +404,7 @@ def draw_brows(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     wide, arch = .013*np.clip(1 + .38*z['brow_thick'], .2, 2.4), .012*(1 + .75*z['brow_arch'])
     inner, meet = max(.012, x - .062 - .012*z['synophrys']), max(0., z['synophrys'])
     brow = smooth([(.5 + inner, y + .008), (.5 + x, y - arch), (.5 + x + .035, y - .8*arch), (.5 + x + .075, y + .016)], False)
-    colour = tuple(int(v) for v in .75*np.array(hair) + .25*pen.ink)
+    colour = tuple(int(v) for v in .75*np.array(hair) + .25*np.array(pen.ink))
     for p in (brow, mirror(brow, at['tilt'])): pen.stroke(p, colour, wide)
     if meet > .6: pen.stroke([(.5 - inner, y + .010), (.5 + inner, y + .010)], colour, .006*min(meet, 2.4))
 
@@ -416,7 +430,9 @@ def draw_mouth(pen: Pen, z: dict, at: dict) -> None:
     up, low = .018*max(.12, 1 + .34*z['upper_lip']), .022*max(.12, 1 + .34*z['lower_lip'])
     gap, bow = .008*max(0., z['mouth_open']), .006*(1 + .9*z['cupid'])
     lip, tilt = (np.array(pen.tone(.35)) + (30, -8, -4)).clip(0, 255), np.array([(0, at['tilt']*.5)])
-    line = lambda pts: smooth(pts, False) + tilt*np.sign(.5 - smooth(pts, False)[:, :1])*np.abs(smooth(pts, False)[:, :1] - .5)/w
+    def line(pts: Sequence) -> np.ndarray:
+        p = smooth(pts, False)
+        return p + tilt*np.sign(.5 - p[:, :1])*np.abs(p[:, :1] - .5)/w
     mid = [(.5 - w, y + down), (.5 - .4*w, y), (.5, y + .003), (.5 + .4*w, y), (.5 + w, y + down)]
     top = line([(.5 + w, y + down), (.5 + .35*w, y - up - bow), (.5 + .1*w, y - up - .3*bow), (.5, y - up + bow), (.5 - .1*w, y - up - .3*bow), (.5 - .35*w, y - up - bow), (.5 - w, y + down)])
     bottom = line([(.5 + w, y + down), (.5 + .5*w, y + gap + low), (.5, y + gap + 1.15*low), (.5 - .5*w, y + gap + low), (.5 - w, y + down)])
@@ -456,7 +472,7 @@ def draw_face(
     size: int = 64,          # pixels a side
 ) -> Image.Image:            # RGB
     "Draw a face from its landmarks."
-    z, rng, scale = dict(zip(LANDMARKS, landmarks)), _rng('tone', seed), max(2, -(-192//size))
+    z, rng, scale = dict(zip(LANDMARKS, np.asarray(landmarks, float).tolist())), _rng('tone', seed), max(2, -(-192//size))
     skin, tone = SKINS[rng.integers(len(SKINS))], np.array(HAIRS[rng.integers(len(HAIRS))], float)
     hair = tuple(int(v) for v in tone + np.clip(.28*z['hair_light'], -.3, .8)*(np.array([214, 184, 132]) - tone))
     pen = Pen(size, scale, (244, 242, 236), skin, (58, 44, 40))
@@ -480,6 +496,16 @@ def draw_portrait(
 ) -> Image.Image:                           # RGB
     "The portrait of a patient: a schematic drawing, never a real person."
     return draw_face(face(terms, gestalt, seed, ontology), seed, size)
+
+# %% ../nbs/05_images.ipynb #0068
+def draw_faces(
+    landmarks: np.ndarray,   # (n, L)
+    first: int = 0,          # seed of the first face; the next has the next
+    size: int = 64,          # pixels a side
+) -> np.ndarray:             # (n, 3, size, size) bytes
+    "Draw many faces, as the learner wants them."
+    faces = [np.asarray(draw_face(z, first + i, size)).transpose(2, 0, 1) for i, z in enumerate(progress(landmarks, 'drawing random faces'))]
+    return np.stack(faces) if faces else np.zeros((0, 3, size, size), 'uint8')
 
 # %% ../nbs/05_images.ipynb #0056
 def contact_sheet(

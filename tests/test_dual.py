@@ -209,3 +209,16 @@ def test_schedule_of_any_length(steps):
     opt, plan = schedule([w], steps, 1e-3, 0.)
     for _ in range(steps - 1): opt.step(); plan.step()
     assert 0 < max(plan.get_last_lr()) <= 1e-3
+
+
+def test_the_last_layer_is_computed_for_one_token_only():
+    "With the answers and gradients of the class, which computes all of them."
+    torch.manual_seed(0)
+    model = small_clip(TINY.model_copy(update={'layers': 3}), 10, 32)
+    x = torch.randn(3, 3, 32, 32)
+    ours, theirs = embed_tiles(model, x), torch.nn.functional.normalize(model.get_image_features(pixel_values=x).pooler_output, dim=-1)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    names, weights = zip(*[(k, w) for k, w in model.named_parameters() if k.startswith('vis')])
+    mine, its = (torch.autograd.grad((o*torch.arange(32)).sum(), weights, allow_unused=True) for o in (ours, theirs))
+    for name, a, b in zip(names, mine, its):
+        assert 'k_proj.bias' in name or torch.allclose(a, b, atol=1e-4*max(1, float(b.abs().max()))), name

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from mint_nb.core import InputError, TeacherParams
 from mint_nb.images import draw_portrait
 from mint_nb.tasks import Case, Catalogue, Finding, Ranker
-from mint_nb.teachers import Teacher, cross_fit, folds_of, judging_folds, load_teacher, pretrained_vilt, small_vilt, unseen_answers, word_tokenizer
+from mint_nb.teachers import (Teacher, cross_fit, divide, folds_of, judging_folds, learn_faces, load_teacher, moved_patches, pooled, pretrained_vilt, random_faces,
+                              small_vilt, trained, unseen_answers, word_tokenizer)
 
 IDS = [f'OMIM:{i}' for i in range(4)]
 CATALOGUE = Catalogue({d: f'Disease {d[5:]}' for d in IDS})
@@ -160,3 +161,105 @@ def test_foreign_weights_are_refused(checkpoint, tmp_path):
 
 def test_no_weights_and_no_tokenizer(checkpoint):
     with pytest.raises(InputError, match='holds no weights'): pretrained_vilt(checkpoint[1], 4)
+
+def scattered(params=QUICK.model_copy(update={'layers': 3}), image_size=32):
+    "A small network without a zero in it."
+    torch.manual_seed(0)
+    model = small_vilt(params, 20, 5, image_size).eval()
+    for w in model.parameters(): w.data += .1*torch.randn_like(w)
+    return model
+
+@pytest.mark.parametrize('image', ['pixels', 'patches', 'nothing'])
+def test_the_short_forward_pass_is_that_of_the_class(image):
+    "Answers and the gradient of every weight, of texts of several lengths, with and without a picture."
+    model, seen = scattered(), torch.tensor([True, True, True]) if image != 'nothing' else torch.tensor([False]*3)
+    ids = torch.tensor([[2, 4, 5, 6], [2, 5, 0, 0], [2, 3, 0, 0]])
+    bytes_ = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    pixels = bytes_.float()/255
+    x = moved_patches(bytes_, torch.full((3,), 8), 8) if image == 'patches' else pixels       # the eighth: not moved, not mirrored
+    ours = model.classifier(pooled(model, dict(input_ids=ids, text_mask=ids != 0, pixels=x, image_mask=seen)))
+    if image == 'nothing':
+        e = model.vilt.embeddings
+        whole = dict(image_embeds=(e.cls_token + e.position_embeddings[:, :1]).expand(3, -1, -1), pixel_mask=torch.zeros(3, 1).long())
+    else: whole = dict(pixel_values=2*pixels - 1, pixel_mask=torch.ones(3, 32, 32).long())
+    theirs = model(input_ids=ids, attention_mask=(ids != 0).long(), **whole).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    names, weights = zip(*model.named_parameters())
+    for name, a, b in zip(names, *(torch.autograd.grad(o.square().sum(), weights, allow_unused=True) for o in (ours, theirs))):
+        if a is None: assert b is None or 'key.bias' in name or b.abs().max() == 0, name
+        else: assert torch.allclose(a, b, atol=2e-4*max(1, float(b.abs().max()))), name
+
+def test_threads_change_nothing(root, cases):
+    "Networks side by side, one after the other, and each teacher by itself: the same numbers."
+    two, before, out = QUICK.model_copy(update={'members': 2, 'epochs': 2}), torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            out.append(cross_fit(cases, CATALOGUE, two, root, image_size=32)['both'])
+            assert torch.get_num_threads() == n
+    finally: torch.set_num_threads(before)
+    assert np.array_equal(*out)
+    division = divide(cases, CATALOGUE, 2, 0, 'disease')
+    for f, (train, held) in enumerate(division.folds):
+        alone = Teacher(CATALOGUE, two, root, image_size=32, seed=f).fit([cases[i] for i in train])
+        assert np.array_equal(alone.scores([cases[i] for i in held]), out[0][held])
+
+def test_faces_are_the_same_drawn_and_learnt_by_one_core_or_two():
+    before, out = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            model, (pictures, marks) = scattered(QUICK, 16), random_faces(400, 16)
+            learn_faces(model, pictures, marks, epochs=1)
+            out.append((pictures, model.vilt.state_dict()))
+    finally: torch.set_num_threads(before)
+    assert torch.equal(out[0][0], out[1][0])
+    assert all(torch.equal(w, out[1][1][k]) for k, w in out[0][1].items())
+
+def test_two_halves_are_one_batch():
+    "The weights after learning from faces are those of plain updates by whole batches."
+    from mint_nb.core import one_cycle
+    pictures, marks = random_faces(32, 16)
+    model, plain = scattered(QUICK, 16), scattered(QUICK, 16)
+    learn_faces(model, pictures, marks, epochs=2, batch=32)
+    torch.manual_seed(0); head = torch.nn.Linear(16, marks.shape[1])
+    weights, rng = [*plain.vilt.parameters(), *head.parameters()], np.random.default_rng(0)
+    opt = torch.optim.AdamW(weights, lr=2e-3, weight_decay=.05)
+    plan = one_cycle(opt, 2e-3, 2)
+    for _ in range(2):
+        part = torch.from_numpy(rng.permutation(32))
+        x = moved_patches(pictures[part], torch.full((32,), 2*int(rng.integers(9))), 8)
+        blank = torch.tensor([[2, 3]]).expand(32, -1)
+        out = head(pooled(plain, dict(input_ids=blank, text_mask=blank != 0, pixels=x, image_mask=torch.ones(32).bool())))
+        opt.zero_grad(); torch.nn.functional.mse_loss(out, marks[part]).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
+    for (k, a), b in zip(model.vilt.named_parameters(), plain.vilt.parameters()):
+        assert torch.allclose(a, b, atol=1e-4) or 'key.bias' in k, k
+
+def test_a_weight_has_memory_of_its_own(root, cases, tmp_path):
+    "Views of one long vector would be written with all of it, or not at all."
+    t = Teacher(CATALOGUE, QUICK, root, image_size=32).fit(cases)
+    assert all(w.untyped_storage().nbytes() == 4*w.numel() and w.grad is None for w in t.models[0].parameters())
+
+def test_large_weights_are_trained_one_teacher_at_a_time(checkpoint, root, cases):
+    "The second is not made before the first has been taken."
+    made, (model, folder) = [], checkpoint
+    save_file(model.state_dict(), folder/'model.safetensors')
+    class Watched(Teacher):
+        def build(self, *a): made.append(self.seed); return super().build(*a)
+    params = QUICK.model_copy(update={'weights': str(folder)})
+    teachers = trained([(lambda s=s: Watched(CATALOGUE, params, root, image_size=32, seed=s), cases, '') for s in (0, 1)])
+    next(teachers); assert made == [0]
+    next(teachers); assert made == [0, 1]
+
+def test_an_error_in_one_network_ends_the_others(root, cases, monkeypatch):
+    "Nothing is left running, and the threads are given back."
+    before, turns = torch.get_num_threads(), []
+    def broken(self, model, data, seed):
+        for _ in range(1000):
+            turns.append(seed)
+            if seed == 0 and len(turns) > 4: raise RuntimeError('broken')
+            yield
+    monkeypatch.setattr(Teacher, 'train_member', broken)
+    with pytest.raises(RuntimeError, match='broken'): Teacher(CATALOGUE, QUICK.model_copy(update={'members': 3}), root, image_size=32).fit(cases)
+    assert torch.get_num_threads() == before and len(turns) < 3000

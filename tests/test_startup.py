@@ -1,5 +1,5 @@
 """What a start may cost: which libraries a command or a module loads, digests that are remembered, modules that are missing. Nothing here is timed."""
-import json, os, subprocess, sys, time
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,19 @@ run = open_run({str(tmp_path/'run')!r}, 'smoke')
 for m in ('chance', 'naive_bayes'): predict_method(run, m)
 assert (run/'predictions/naive_bayes-0.parquet').exists()"""
     assert not loaded(code) & (MODELS | FIGURES | {'papermill', 'httpx', 'bm25s'})
+
+
+def test_an_analysis_of_answers_that_are_there_needs_no_model_library(smoke_run, tmp_path):
+    "All earlier stages are found done, without the libraries that they work with."
+    shutil.copytree(smoke_run.path, tmp_path/'run')
+    (tmp_path/'run/analysis/table.md').unlink()
+    code = f"""from mint_nb.analysis import analysis
+from mint_nb.core import Run, open_params
+run = Run({str(tmp_path/'run')!r}, open_params({str(tmp_path/'run')!r}))
+before = len(run.manifest)
+analysis(run)
+assert [e['stage'] for e in run.manifest[before:]] == ['analysis'] and (run/'analysis/table.md').exists()"""
+    assert not loaded(code) & (MODELS | {'papermill', 'httpx', 'bm25s'})
 
 
 # ---------------------------------------------------------------------------------------------- digests that are remembered

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTLED', 'KEPT', 'SMALL', 'PROFILES', 'STAGE_PARAMETERS', 'printable', 'InputError', 'atomic_path', 'write_json',
-           'read_json', 'read_yaml', 'write_jsonl', 'write_table', 'read_table', 'digest', 'file_state', 'recall',
-           'file_digest', 'code_modules', 'code_digest', 'seed_all', 'cache_dir', 'progress', 'one_cycle', 'Section',
+           'read_json', 'read_yaml', 'write_jsonl', 'write_table', 'read_table', 'digest', 'file_state', 'cache_dir',
+           'recall', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'progress', 'one_cycle', 'Section',
            'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'VisionParams', 'TrainParams',
            'PredictParams', 'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'CalibrateParams',
            'Params', 'nest', 'checked_params', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name',
@@ -117,6 +117,13 @@ def file_state(
     marks = [(f, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for f, s in stats]
     newest = max((max(s.st_mtime, s.st_ctime) for _, s in stats), default=0.)
     return digest(marks), newest, sum(s.st_size for _, s in stats)
+
+# %% ../nbs/00_core.ipynb #0022bb
+def cache_dir() -> Path:
+    "Folder for what many runs share: `$MINT_CACHE`, or `~/.cache/mint_nb`."
+    path = Path(os.environ.get('MINT_CACHE') or Path.home()/'.cache'/'mint_nb')
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 # %% ../nbs/00_core.ipynb #0022d
 _keeping = threading.Lock()   # two threads of a process would share a temporary name
@@ -237,12 +244,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
-
-def cache_dir() -> Path:
-    "Folder for what many runs share: `$MINT_CACHE`, or `~/.cache/mint_nb`."
-    path = Path(os.environ.get('MINT_CACHE') or Path.home()/'.cache'/'mint_nb')
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 def progress(items: Iterable, desc: str = '', total: Optional[int] = None, **kw):
     "A progress bar over `items` in a terminal or notebook; silent when `MINT_QUIET` is set."

@@ -196,14 +196,22 @@ def grouped_bootstrap(
 
 # %% ../nbs/03_metrics.ipynb #0052
 def _block(per_case: 'pd.DataFrame', metric: str) -> 'pd.DataFrame':
-    "Values of one metric, seeds by cases; cases that a seed lacks are an error."
+    "Values of one metric, seeds by cases; cases that a seed lacks are an error. As `DataFrame.pivot`, which is asked hundreds of times and slow."
+    import pandas as pd
     t = per_case[(per_case.metric == metric) & per_case.value.notna()]
-    t = t.assign(seed=t.seed if 'seed' in t else 0)
-    if t.duplicated(['seed', 'case_id']).any():
-        raise InputError('a case is scored twice', record=t[t.duplicated(['seed', 'case_id'])].case_id.iloc[0], field=metric)
-    block = t.pivot(index='seed', columns='case_id', values='value')
-    if block.isna().any().any(): raise InputError('a seed lacks this case', record=block.columns[block.isna().any()][0], field=metric)
-    return block
+    seeds, row = np.unique(t.seed.to_numpy() if 'seed' in t else np.zeros(len(t), int), return_inverse=True)
+    cases, column = np.unique(t.case_id.to_numpy(object), return_inverse=True)
+    where, first = np.unique(row*len(cases) + column, return_index=True)
+    if len(where) < len(t): raise InputError('a case is scored twice', record=t.case_id.iloc[_again(first, len(t))], field=metric)
+    if len(where) < len(seeds)*len(cases):
+        lost = np.setdiff1d(np.arange(len(seeds)*len(cases)), where) % len(cases)
+        raise InputError('a seed lacks this case', record=cases[lost.min()], field=metric)
+    values = t.value.to_numpy(float)[first].reshape(len(seeds), len(cases))
+    return pd.DataFrame(values, index=pd.Index(seeds, name='seed'), columns=pd.Index(cases, name='case_id'))
+
+def _again(first: np.ndarray, n: int) -> int:
+    "Of n rows, of which those are the first of their kind, the first that is not."
+    return int(np.setdiff1d(np.arange(n), first)[0])
 
 def _answers(per_case: 'pd.DataFrame', metric: str, ids: Sequence[str]) -> Optional[np.ndarray]:
     "True answers of some cases, for a metric whose rows name them in a column `answer`; else None."

@@ -378,7 +378,7 @@ def parents(self: Ontology, id: str) -> list[str]:
 @patch
 def ancestors(self: Ontology, id: str) -> frozenset[str]:
     "Ids of all terms above, and the term itself."
-    if not hasattr(self, '_ancestors'): self._ancestors: dict = {}
+    if not hasattr(self, '_ancestors'): self._ancestors = {}
     if id not in self._ancestors:
         i, (begin, numbers) = self.index[id], self._ancestry
         self._ancestors[id] = frozenset(self.terms[j] for j in numbers[begin[i]:begin[i + 1]].tolist())
@@ -462,7 +462,7 @@ def disease_findings(self: Ontology,
     disease_id: str,
 ) -> list[tuple[str, float]]:   # HPO id and frequency, the most frequent first
     "The findings of a disease that somebody has."
-    if not hasattr(self, '_findings'): self._findings: dict = {}
+    if not hasattr(self, '_findings'): self._findings = {}
     if disease_id not in self._findings:
         where = self._span(disease_id)
         found = zip(self._column('pooled', 'hpo_id', *where), self._column('pooled', 'frequency', *where))
@@ -476,7 +476,7 @@ def genes(self: Ontology,
 ) -> list[tuple[str, str]]:   # NCBI gene id and symbol
     "Genes of a disease."
     if not hasattr(self, '_genes_of'):
-        self._genes_of: dict = {}
+        self._genes_of = {}
         for d, *gene in zip(*(self._column('genes', c) for c in ('disease_id', 'gene_id', 'symbol'))):
             self._genes_of.setdefault(d, []).append(tuple(gene))
     return list(self._genes_of.get(disease_id, ()))
@@ -488,7 +488,7 @@ def inheritance(self: Ontology,
 ) -> list[str]:               # HPO ids below 'Mode of inheritance'
     "Modes of inheritance of a disease."
     if not hasattr(self, '_inheritance'):
-        self._inheritance: dict = {}
+        self._inheritance = {}
         for d, h in zip(*(self._column('inheritance', c) for c in ('disease_id', 'hpo_id'))): self._inheritance.setdefault(d, []).append(h)
     return sorted(self._inheritance.get(disease_id, ()))
 
@@ -561,7 +561,7 @@ def cited_in(self: Ontology,
 ) -> list[str]:         # OMIM ids
     "Diseases with an annotation that cites a publication."
     if not hasattr(self, '_citing'):
-        self._citing: dict = {}
+        self._citing = {}
         for d, r in zip(*(self._column('rows', c) for c in ('disease_id', 'reference'))):
             for one in r.split(';'): self._citing.setdefault(one, set()).add(d)
     return sorted(self._citing.get(reference, ()))
@@ -571,8 +571,8 @@ def cited_in(self: Ontology,
 def _rows_without(self: Ontology, disease_ids: Sequence[str], references: Sequence[str], shared: str) -> 'pd.DataFrame':
     "Annotation rows of each disease without those of its reference; `disease_id` becomes the position asked."
     if not hasattr(self, '_rows_of'):
-        self._rows_of: dict = {}
-        for i, d in enumerate(self._column('rows', 'disease_id')): self._rows_of.setdefault(d, []).append(i)
+        self._rows_of = {}
+        for row, d in enumerate(self._column('rows', 'disease_id')): self._rows_of.setdefault(d, []).append(row)
         self._cites = self._column('rows', 'reference')
     def leaves(cites, r):
         named = set(cites.split(';'))

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'PROTOCOLS', 'Finding', 'Case
 import json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
 from zlib import crc32
 
 import numpy as np
@@ -217,7 +217,7 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 # %% ../nbs/02_tasks.ipynb #0034
-Rankings: TypeAlias = 'pd.DataFrame'
+Rankings: TypeAlias = Annotated['pd.DataFrame', 'a row for each answer of a list']
 RANKING_COLUMNS = ('case_id', 'rank', 'answer_id', 'written', 'score', 'prob')
 
 def make_rankings(

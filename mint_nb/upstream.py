@@ -6,15 +6,14 @@
 __all__ = ['NETWORKS', 'accuracy', 'teacher_views', 'teacher_maker', 'kind_jobs', 'rank_with', 'upstream', 'teacher_rankings']
 
 # %% ../nbs/19_upstream.ipynb #0003
-from typing import Any, Callable, Iterator, Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Optional, Sequence
 
 import numpy as np
 
 from .core import InputError, Run, read_table, run_stage, write_json, write_table
 from .tasks import Case, Catalogue, Rankings, get_task, rankings_from_scores
 from .cohort import cohort_captions, cohort_cases, cohort_catalogue, make_cohort
-from .dual import DUAL_VIEWS, DualTeacher
-from .teachers import Division, Job, Teacher, divide, fold_jobs, judged, trained, unseen_answers
+if TYPE_CHECKING: from mint_nb.teachers import Division, Job   # who only reads rankings starts without them
 
 # %% ../nbs/19_upstream.ipynb #0005
 def accuracy(
@@ -28,7 +27,7 @@ def accuracy(
     return dict(top1=round(float((place < 1).mean()), 4), top5=round(float((place < 5).mean()), 4), n=len(at))
 
 # %% ../nbs/19_upstream.ipynb #0008
-NETWORKS: dict[str, dict[str, tuple]] = {'note': {'model': ('both', 'portrait'), 'model-note': ('note',)}, 'image': {'model': DUAL_VIEWS}}   # by what the student sees: which teacher ranks by which views
+NETWORKS: dict[str, dict[str, tuple]] = {'note': {'model': ('both', 'portrait'), 'model-note': ('note',)}, 'image': {'model': ('zero_shot', 'probe', 'tuned')}}   # by what the student sees: which teacher ranks by which views
 _FULL = 200     # catalogues up to this size are ranked in full, larger ones at both ends
 
 def _tables(cases: Sequence[Case], scores: np.ndarray, catalogue: Catalogue, seed: int) -> Rankings:
@@ -46,18 +45,23 @@ def teacher_views(run: Run) -> tuple[str, ...]:
 def teacher_maker(run: Run, view: str = 'both') -> Callable[[int], Any]:   # seed to an untrained teacher
     "What makes the teachers of a run; one of the view 'note' sees no portrait."
     p, task, catalogue, root = run.params, get_task(run.params.task), cohort_catalogue(run), run/'cases'
-    if task.view == 'note': return lambda seed: Teacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, view, seed)
+    if task.view == 'note':
+        from mint_nb.teachers import Teacher
+        return lambda seed: Teacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, view, seed)
+    from mint_nb.dual import DualTeacher
     captions = cohort_captions(run)
     return lambda seed: DualTeacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, p.teacher.view, seed, captions)
 
 # %% ../nbs/19_upstream.ipynb #0010
-def kind_jobs(run: Run, seed: int, model: str, division: Division, train: Sequence[Case]) -> list[Job]:
+def kind_jobs(run: Run, seed: int, model: str, division: 'Division', train: Sequence[Case]) -> 'list[Job]':
     "The teachers of a kind: one for each fold of the training cases, and a final one for all others."
+    from mint_nb.teachers import fold_jobs
     make = teacher_maker(run, 'note' if model == 'model-note' else 'both')
     return [*fold_jobs(train, division, make, seed), (lambda: make(seed), train, 'final teacher')]
 
-def rank_with(run: Run, seed: int, model: str, views: Sequence[str], division: Division, teachers: Iterator[Any]) -> None:
+def rank_with(run: Run, seed: int, model: str, views: Sequence[str], division: 'Division', teachers: Iterator[Any]) -> None:
     "Write what a kind of teacher ranks by each view; takes the teachers of `kind_jobs`."
+    from mint_nb.teachers import judged, unseen_answers
     label, catalogue, train = get_task(run.params.task).label, cohort_catalogue(run), cohort_cases(run, 'train')
     held = [c for c in cohort_cases(run) if c.split != 'train']
     unseen = len(unseen_answers([train[i] for i in division.known], division.folds, label))
@@ -80,6 +84,7 @@ def upstream(
     views, p, kinds = teacher_views(run), run.params, NETWORKS[get_task(run.params.task).view]
     make_cohort(run)
     def body():
+        from mint_nb.teachers import divide, trained
         train = cohort_cases(run, 'train')
         division = divide(train, cohort_catalogue(run), p.teacher.folds, seed, get_task(p.task).label)
         teachers = trained([job for model in kinds for job in kind_jobs(run, seed, model, division, train)])

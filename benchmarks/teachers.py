@@ -80,7 +80,7 @@ def paired(folder: str, view: str, split: str) -> list:
     out = []
     for seed in SEEDS:
         sides = [Path(folder, f'{side}-{seed}') for side in ('old', 'new')]
-        cases, others = (cohort_cases(open_run(s)) for s in sides)
+        cases, others = (cohort_cases(open_run(s, 'laptop')) for s in sides)
         assert cases == others, 'the sides have other cases'
         images = [{f.name: f.read_bytes() for f in (s/'cases/images').iterdir()} for s in sides]
         assert images[0] == images[1], 'the sides have other pictures'

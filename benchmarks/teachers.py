@@ -4,25 +4,25 @@ The plan, fixed before the first comparison was run.
 
 Question. Is what the two teachers (`both` and `note`) rank by as good as before they were made quick?
 
-Cohorts. Simulated, profile `laptop`, 240 training cases, 16 diseases, `cohort.test` 400; cohort seeds 20, 21, 22, 23 and 24,
-which nothing was tuned on. Choices of the recipe use cohort seeds 0 to 10 only. Seed 0 of the teachers.
+Cohorts. Simulated, profile `laptop`, 240 training cases, 16 diseases, `cohort.test` 400; cohort seeds 20, 21, 22, 23
+and 24, which nothing was tuned on. Choices of the recipe use cohort seeds 0 to 10 only. Seed 0 of the teachers.
 
-Sides. `old` is the stage `19_upstream` of a checkout of the earlier commit, with that commit's own parameters, `new` is that of
-this one. Each draws its cohort (the cases and pictures are the same; this is checked) and runs in a process of its own. The cache
-of each side is empty before its first cohort, so that the seconds of this one include the drawing of random faces and the learning
-from them; the later ones read them from the cache.
+Sides. `old` is the stage `19_upstream` of a checkout of the earlier commit, with that commit's own parameters, `new`
+is that of this one. Each draws its cohort (the cases and pictures are the same; this is checked) and runs in a
+process of its own. The cache of each side is empty before its first cohort, so that the seconds of this one include
+the drawing of random faces and the learning from them; the later ones read them from the cache.
 
-Outcomes. Top-1 of the final teachers on the 400 test cases, by the views `both`, `note` and `portrait`; top-1 of the cross-fitted
-rankings of the 240 training cases; agreement of the heads of the cross-fitted rankings (the share of old top-4 answers that are
-in the new top 4). Wall seconds and processor seconds of the stage, children included.
+Outcomes. Top-1 of the final teachers on the 400 test cases, by the views `both`, `note` and `portrait`; top-1 of the
+cross-fitted rankings of the 240 training cases; agreement of the heads of the cross-fitted rankings (the share of old
+top-4 answers that are in the new top 4). Wall seconds and processor seconds of the stage, children included.
 
-Analysis. The difference new - old is paired by case. Two 95 % intervals: Student's t over the five cohorts' differences, and a
-bootstrap that resamples cases within each cohort (10,000 draws, seed 0).
+Analysis. The difference new - old is paired by case. Two 95 % intervals: Student's t over the five cohorts'
+differences, and a bootstrap that resamples cases within each cohort (10,000 draws, seed 0).
 
-Criterion. The new teachers are no worse if the lower end of the bootstrap interval of the test cases' top-1 is above -2 points
-for the views `both` and `note`, from whose rankings students learn. The interval over cohorts, the portrait and the training cases
-are reported beside it. If the criterion is missed, the recipe is changed on other cohorts and this comparison is run again; how
-often it was run is written into the result.
+Criterion. The new teachers are no worse if the lower end of the bootstrap interval of the test cases' top-1 is above
+-2 points for the views `both` and `note`, from whose rankings students learn. The interval over cohorts, the portrait
+and the training cases are reported beside it. If the criterion is missed, the recipe is changed on other cohorts and
+this comparison is run again; how often it was run is written into the result.
 
     python benchmarks/teachers.py run SIDE CHECKOUT FOLDER [SEED ...]
     python benchmarks/teachers.py compare FOLDER benchmarks/teachers.json [TIMES_RUN]
@@ -57,11 +57,12 @@ def run(side: str, checkout: str, folder: str, seeds: tuple = SEEDS) -> None:
         out = Path(folder, f'{side}-{seed}').resolve()
         if (out/'took.json').exists(): continue
         cold = not list(cache.glob('faces-*.safetensors'))
-        env = os.environ | {'PYTHONPATH': str(Path(checkout).resolve()), 'MINT_CACHE': str(cache), 'MINT_QUIET': '1', 'HF_HUB_OFFLINE': '1'}
-        subprocess.run([sys.executable, str(Path(__file__).resolve()), 'stage', str(out), str(seed)], cwd=checkout, env=env, check=True)
+        env = os.environ | {'PYTHONPATH': str(Path(checkout).resolve()), 'MINT_CACHE': str(cache)}
+        command = [sys.executable, str(Path(__file__).resolve()), 'stage', str(out), str(seed)]
+        subprocess.run(command, cwd=checkout, env=env | {'MINT_QUIET': '1', 'HF_HUB_OFFLINE': '1'}, check=True)
         told = json.loads((out/'took.json').read_text())
         (out/'took.json').write_text(json.dumps(told | {'cold': cold}))
-        print(side, seed, told['seconds'], 's,', told['cpu_seconds'], 's of processor time', '(cold)' if cold else '', flush=True)
+        print(side, seed, told['seconds'], 's,', told['cpu_seconds'], 's of the processor', 'cold' if cold else '', flush=True)
 
 
 def heads(folder: Path, view: str, split: str) -> dict:
@@ -79,7 +80,7 @@ def paired(folder: str, view: str, split: str) -> list:
     out = []
     for seed in SEEDS:
         sides = [Path(folder, f'{side}-{seed}') for side in ('old', 'new')]
-        cases, others = (cohort_cases(open_run(s)) for s in sides)
+        cases, others = (cohort_cases(open_run(s, 'laptop')) for s in sides)
         assert cases == others, 'the sides have other cases'
         images = [{f.name: f.read_bytes() for f in (s/'cases/images').iterdir()} for s in sides]
         assert images[0] == images[1], 'the sides have other pictures'
@@ -100,21 +101,24 @@ def difference(cohorts: list) -> dict:
     rng = np.random.default_rng(0)
     drawn = np.mean([x[rng.integers(0, len(x), (10_000, len(x)))].mean(1) for x in d], axis=0)
     old, new = (float(np.mean([100*c[k].mean() for c in cohorts])) for k in (0, 1))
-    points = dict(old=old, new=new, difference=float(means.mean()), cohorts=means.tolist(), by_case=np.quantile(drawn, [.025, .975]).tolist(),
-                  by_cohort=[float(means.mean() - half), float(means.mean() + half)], top4_agreement=100*float(np.mean([c[2].mean() for c in cohorts])))
+    points = dict(old=old, new=new, difference=means.mean(), cohorts=means, by_case=np.quantile(drawn, [.025, .975]),
+                  by_cohort=[means.mean() - half, means.mean() + half],
+                  top4_agreement=100*np.mean([c[2].mean() for c in cohorts]))
     return {k: np.round(v, 2).tolist() for k, v in points.items()} | {'n': sum(c.shape[1] for c in cohorts)}
 
 
 def compare(folder: str, out: str, times: str = '1') -> None:
     "Write the comparison."
-    rows = {f'{split}, {v}': difference(paired(folder, v, split)) for split in ('heldout', 'train') for v in VIEWS}
-    rows = {k.replace('heldout', 'test cases').replace('train', 'training cases, cross-fitted'): r for k, r in rows.items()}
-    took = {side: {seed: json.loads(Path(folder, f'{side}-{seed}/took.json').read_text()) for seed in SEEDS} for side in ('old', 'new')}
+    splits = {'test cases': 'heldout', 'training cases, cross-fitted': 'train'}
+    rows = {f'{name}, {v}': difference(paired(folder, v, split)) for name, split in splits.items() for v in VIEWS}
+    read = lambda side, seed: json.loads(Path(folder, f'{side}-{seed}/took.json').read_text())
+    took = {side: {seed: read(side, seed) for seed in SEEDS} for side in ('old', 'new')}
     versions = took['new'][SEEDS[0]]['versions']
     for side in took.values():
         for t in side.values(): t.pop('versions')
     good = all(rows[f'test cases, {v}']['by_case'][0] > -2 for v in ('both', 'note'))
-    told = dict(command='python benchmarks/teachers.py', cohorts=SEEDS, comparison_run=int(times), no_worse=good, top1_points=rows, took=took, versions=versions)
+    told = dict(command='python benchmarks/teachers.py', cohorts=SEEDS, comparison_run=int(times), no_worse=good)
+    told |= dict(top1_points=rows, took=took, versions=versions)
     Path(out).write_text(json.dumps(told, indent=1) + '\n')
     print(json.dumps(told | {'took': None}, indent=1))
 

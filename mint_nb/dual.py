@@ -80,7 +80,8 @@ def embed_tiles(model: CLIPModel, x: Tensor) -> Tensor:
         x = layer(x, None)
     last = v.encoder.layers[-1]
     a, y = last.self_attn, last.layer_norm1(x)   # only the first token is read, see `one_query`
-    x = x[:, 0] + a.out_proj(one_query(y, a.q_proj, a.k_proj, a.v_proj, a.num_heads, dropout=lambda p: F.dropout(p, a.dropout, a.training)))
+    drop = lambda p: F.dropout(p, a.dropout, a.training)
+    x = x[:, 0] + a.out_proj(one_query(y, a.q_proj, a.k_proj, a.v_proj, a.num_heads, dropout=drop))
     x = x + last.mlp(last.layer_norm2(x))
     return F.normalize(model.visual_projection(v.post_layernorm(x)), dim=-1)
 

@@ -98,7 +98,8 @@ def visual_tokens(
     "Patches, or a photo embedding, as tokens that know their place."
     e = model.vilt.embeddings
     if x.ndim == 2:
-        return model.project(x)[:, None] + e.position_embeddings[:, 1:2]   # type: ignore[operator]   # the layer that `build` adds
+        project: Any = model.project   # the layer that `build` adds
+        return project(x)[:, None] + e.position_embeddings[:, 1:2]
     projection = e.patch_embeddings.projection
     x = cut_patches(x, projection.kernel_size[0]) if x.ndim == 4 else x
     return F.linear(2*x - 1, projection.weight.flatten(1), projection.bias) + e.position_embeddings[:, 1:]
@@ -141,7 +142,8 @@ def pooled(
 ) -> Tensor:             # (n, hidden)
     "The encoder's summary of text and picture."
     v, e, ids, has = model.vilt, model.vilt.embeddings, b['input_ids'], b['image_mask']
-    words, seen = e.text_embeddings(input_ids=ids), (e.cls_token + e.position_embeddings[:, :1]).expand(len(ids), -1, -1)
+    words = e.text_embeddings(input_ids=ids)
+    seen = (e.cls_token + e.position_embeddings[:, :1]).expand(len(ids), -1, -1)
     if has.any():   # otherwise leave out what the mask would hide
         seen = torch.cat([seen, visual_tokens(model, b['pixels'])], 1)
     kinds = e.token_type_embeddings.weight
@@ -167,10 +169,12 @@ def one_vector(
 
 class Updates:
     "AdamW, a one-cycle rate and clipped gradients, over groups of weights that are one vector each."
-    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], rates: Sequence[float], weight_decay: float, steps: int):
-        self.weights, self.vectors = [w for g in groups for w in g], [one_vector(g) for g in groups]
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], rates: Sequence[float], decay: float, steps: int):
+        self.weights = [w for g in groups for w in g]
+        self.vectors = [one_vector(g) for g in groups]
         self.grads: list[Any] = [v.grad for v in self.vectors]
-        self.opt = torch.optim.AdamW([{'params': [v]} for v in self.vectors], lr=rates[0], weight_decay=weight_decay, fused=True)
+        each = [{'params': [v]} for v in self.vectors]
+        self.opt = torch.optim.AdamW(each, lr=rates[0], weight_decay=decay, fused=True)
         self.plan = one_cycle(self.opt, list(rates), steps)
 
 # %% ../nbs/10_teachers.ipynb #0075
@@ -195,7 +199,10 @@ def end(self: Updates) -> None:
         w.data, w.grad = w.data.clone(), None
 
 # %% ../nbs/10_teachers.ipynb #0079
-DRAW = 'import sys, numpy as np; from mint_nb.images import draw_faces; np.save(sys.argv[2], draw_faces(np.load(sys.argv[1]), *map(int, sys.argv[3:])))'
+DRAW = '''import sys, numpy as np
+from mint_nb.images import draw_faces
+marks, faces, first, size = sys.argv[1:]
+np.save(faces, draw_faces(np.load(marks), int(first), int(size)))'''
 
 @contextlib.contextmanager
 def drawn_elsewhere(marks: np.ndarray, first: int, size: int):
@@ -203,7 +210,8 @@ def drawn_elsewhere(marks: np.ndarray, first: int, size: int):
     with tempfile.TemporaryDirectory() as d:
         np.save(f'{d}/marks.npy', marks)
         env = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), 'MINT_QUIET': '1'}
-        child = subprocess.Popen([sys.executable, '-c', DRAW, f'{d}/marks.npy', f'{d}/faces.npy', str(first), str(size)], env=env)
+        files = [f'{d}/marks.npy', f'{d}/faces.npy']
+        child = subprocess.Popen([sys.executable, '-c', DRAW, *files, str(first), str(size)], env=env)
         def wait() -> list[np.ndarray]:
             if child.wait():
                 raise RuntimeError(f'the process that draws faces ended with code {child.returncode}')
@@ -284,7 +292,8 @@ def learn_faces(
     epochs: int = 20, seed: int = 0, batch: int = 32,
 ) -> list[float]:                      # mean squared error of the landmarks, an epoch each
     "Train the encoder to measure landmarks from pictures alone, in place."
-    torch.manual_seed(seed); rng, n, history = np.random.default_rng(seed), len(pictures), []
+    torch.manual_seed(seed)
+    rng, n, history = np.random.default_rng(seed), len(pictures), []
     nets = [(model, nn.Linear(model.config.hidden_size, marks.shape[1]))]
     nets.append(copy.deepcopy(nets[0]))
     own, twin = ([*m.vilt.parameters(), *head.parameters()] for m, head in nets)
@@ -294,9 +303,11 @@ def learn_faces(
         for _ in progress(range(epochs), 'learning to see faces'):
             losses = []
             for part in torch.from_numpy(rng.permutation(n)).split(batch):
-                updates.start([True]); other.zero_()
-                which, halves = 2*int(rng.integers(len(SHIFTS))), part.chunk(2)
-                losses.append(sum(pool.map(lambda net, p: face_loss(net, pictures[p], marks[p], which, len(p)/len(part)), nets, halves)))
+                which, size = 2*int(rng.integers(len(SHIFTS))), len(part)
+                updates.start([True])
+                other.zero_()
+                half = lambda net, p: face_loss(net, pictures[p], marks[p], which, len(p)/size)
+                losses.append(sum(pool.map(half, nets, part.chunk(2))))
                 updates.grads[0] += other
                 updates.step()
             history.append(float(np.mean(losses)))
@@ -311,7 +322,8 @@ def see_faces(
 ) -> None:
     "Load face-reading weights into a small model, in place; they are learnt once and kept in the cache."
     if not params.pretrain: return
-    key = digest([params.hidden, params.layers, params.heads, params.patch, params.pretrain, params.pretrain_epochs, image_size, code_modules('mint_nb.images')['mint_nb.images'], 2])
+    made = [params.hidden, params.layers, params.heads, params.patch, params.pretrain, params.pretrain_epochs]
+    key = digest([made, image_size, code_modules('mint_nb.images')['mint_nb.images'], 2])
     file = cache_dir()/f'faces-{key}.safetensors'
     with locked(cache_dir()/f'.faces-{key}.lock'):
         if not file.exists():
@@ -391,8 +403,8 @@ def picture(self: Teacher, case: Case) -> np.ndarray | None:
 
 # %% ../nbs/10_teachers.ipynb #0086
 @patch
-def pictures(self: Teacher, cases: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:   # (n, 3, S, S) or (n, E); which cases have one (n,)
-    "Portraits or embeddings of some cases."
+def pictures(self: Teacher, cases: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
+    "Portraits (n, 3, S, S) or embeddings (n, E) of some cases, and which cases have one (n,)."
     pics = [self.picture(c) for c in cases]
     shape = next((x.shape for x in pics if x is not None), (3, self.image_size, self.image_size))
     pics = [np.full(shape, .5, 'float32') if x is None else x for x in pics]
@@ -448,8 +460,9 @@ def lessons(self: Teacher, cases: Sequence[Case]) -> Lessons:
     x, has = self.pictures(cases)
     x = np.uint8(255*x + .5) if x.ndim == 4 else x
     of = {p: self.tok(p, add_special_tokens=False)['input_ids'] for c in cases for p in phrases(c)}
-    target = torch.tensor([self.catalogue.index[c.labels[self.label]] for c in cases], device=self.device)
-    return Lessons([[of[p] for p in phrases(c)] for c in cases], torch.from_numpy(x).to(self.device), torch.from_numpy(has).to(self.device), target)
+    target = torch.tensor([self.catalogue.index[c.labels[self.label]] for c in cases])
+    tensors = [t.to(self.device) for t in (torch.from_numpy(x), torch.from_numpy(has), target)]
+    return Lessons([[of[p] for p in phrases(c)] for c in cases], *tensors)
 
 # %% ../nbs/10_teachers.ipynb #0090
 CLS, STAR = 2, 3    # of every word tokenizer
@@ -506,7 +519,8 @@ def train_member(self: Teacher, model: ViltForQuestionAnswering, data: Lessons, 
 @patch
 def tune_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[Case], seed: int) -> Iterator[None]:
     "Fine-tune one pretrained network; yields after every epoch."
-    torch.manual_seed(seed); p, n, rng, weights = self.params, len(cases), np.random.default_rng(seed), list(model.parameters())
+    torch.manual_seed(seed)
+    p, n, rng, weights = self.params, len(cases), np.random.default_rng(seed), list(model.parameters())
     opt = torch.optim.AdamW(weights, lr=p.lr, weight_decay=p.weight_decay)
     plan = one_cycle(opt, p.lr, p.epochs*-(-n//p.batch))
     target = torch.tensor([self.catalogue.index[c.labels[self.label]] for c in cases], device=self.device)
@@ -516,7 +530,11 @@ def tune_member(self: Teacher, model: ViltForQuestionAnswering, cases: Sequence[
             view = VIEWS[rng.choice(3, p=MIX if self.view != 'note' else (0, 1, 0))]
             logits = model.classifier(pooled(model, self.batch([cases[i] for i in part], [view]*len(part), rng)))
             loss = F.cross_entropy(logits, target[part], label_smoothing=.1)
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.)
+            opt.step()
+            plan.step()
         yield
     opt.zero_grad()
     model.eval()
@@ -546,7 +564,8 @@ def side_by_side(
                 if (e := turned.get()) is not None: raise e
             for d in done: d.result()
         finally:
-            stop.set(); pool.shutdown(cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/10_teachers.ipynb #0099
 @patch
@@ -578,8 +597,7 @@ def fit_all(
     "Train teachers, the networks of all of them side by side; those with the most cases first."
     loops = [loop for t, cases in sorted(pairs, key=lambda pair: -len(pair[1])) for loop in t.loops(cases)]
     turns = sum(t.params.epochs*len(t.models) for t, _ in pairs)
-    alone = any(t.device != 'cpu' or t.params.weights for t, _ in pairs)   # a GPU, or a large network that uses all cores
-    if alone:
+    if any(t.device != 'cpu' or t.params.weights for t, _ in pairs):   # a GPU, or large networks that use all cores
         for _ in progress(chain.from_iterable(loops), desc, turns): pass
     else: side_by_side(loops, turns, min(torch.get_num_threads(), len(loops)), f'{desc}: {len(loops)} networks')
 
@@ -682,7 +700,7 @@ def divide(cases: Sequence[Case], catalogue: Catalogue, n: int, seed: int, label
 def fold_jobs(cases: Sequence[Case], division: Division, make: Callable[[int], Any], seed: int) -> list[Job]:
     "A teacher for each fold, with the cases of the others."
     known, folds = division.known, division.folds
-    return [(lambda s=100*seed + f: make(s), [cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')   # type: ignore[misc]
+    return [(functools.partial(make, 100*seed + f), [cases[known[i]] for i in train], f'fold {f + 1} of {len(folds)}')
             for f, (train, _) in enumerate(folds)]
 
 # %% ../nbs/10_teachers.ipynb #0102
@@ -698,15 +716,23 @@ def trained(jobs: Sequence[Job]) -> Iterator[Any]:
         t, cases, name = todo.pop(0)
         yield t if id(t) in fitted else t.fit(cases, name)
 
-def judged(teachers: Iterator[Any], cases: Sequence[Case], division: Division, answers: int, views: Sequence[str]) -> dict[str, np.ndarray]:
-    "View to (n, N) log-probabilities, each case by teachers that did not train on it; takes a teacher for each fold."
+# %% ../nbs/10_teachers.ipynb #0105
+def judged(
+    teachers: Iterator[Any],          # one is taken for each fold
+    cases: Sequence[Case], division: Division,
+    answers: int,                     # N
+    views: Sequence[str],
+) -> dict[str, np.ndarray]:           # view to (n, N) log-probabilities
+    "Scores of cases by teachers that did not train on them."
     known, unknown, folds = division
     out = {v: np.zeros((len(cases), answers)) for v in views}
     for f, (_, held) in enumerate(folds):
         t = next(teachers)
         for v in views:
             out[v][[known[i] for i in held]] = t.scores([cases[known[i]] for i in held], v)
-            if unknown: out[v][unknown] = np.logaddexp(out[v][unknown] if f else -np.inf, t.scores([cases[i] for i in unknown], v) - np.log(len(folds)))
+            if unknown:   # the mean of the judges' probabilities
+                s = t.scores([cases[i] for i in unknown], v) - np.log(len(folds))
+                out[v][unknown] = np.logaddexp(out[v][unknown] if f else -np.inf, s)
     return out
 
 # %% ../nbs/10_teachers.ipynb #0103

@@ -59,8 +59,12 @@ def kind_jobs(run: Run, seed: int, model: str, division: 'Division', train: Sequ
     make = teacher_maker(run, 'note' if model == 'model-note' else 'both')
     return [*fold_jobs(train, division, make, seed), (lambda: make(seed), train, 'final teacher')]
 
-def rank_with(run: Run, seed: int, model: str, views: Sequence[str], division: 'Division', teachers: Iterator[Any]) -> None:
-    "Write what a kind of teacher ranks by each view; takes the teachers of `kind_jobs`."
+# %% ../nbs/19_upstream.ipynb #0023
+def rank_with(
+    run: Run, seed: int, model: str, views: Sequence[str], division: 'Division',
+    teachers: Iterator[Any],   # those of `kind_jobs`, trained
+) -> None:
+    "Write what a kind of teacher ranks by each view."
     from mint_nb.teachers import judged, unseen_answers
     label, catalogue, train = get_task(run.params.task).label, cohort_catalogue(run), cohort_cases(run, 'train')
     held = [c for c in cohort_cases(run) if c.split != 'train']

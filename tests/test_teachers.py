@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from mint_nb.core import InputError, TeacherParams
 from mint_nb.images import draw_portrait
 from mint_nb.tasks import Case, Catalogue, Finding, Ranker
-from mint_nb.teachers import (Teacher, cross_fit, divide, folds_of, judging_folds, learn_faces, load_teacher, moved_patches, pooled, pretrained_vilt, random_faces,
-                              small_vilt, trained, unseen_answers, word_tokenizer)
+from mint_nb.teachers import (Teacher, cross_fit, divide, folds_of, judging_folds, learn_faces, load_teacher, moved_patches, pooled,
+                              pretrained_vilt, random_faces, small_vilt, trained, unseen_answers, word_tokenizer)
 
 IDS = [f'OMIM:{i}' for i in range(4)]
 CATALOGUE = Catalogue({d: f'Disease {d[5:]}' for d in IDS})
@@ -176,16 +176,18 @@ def test_the_short_forward_pass_is_that_of_the_class(image):
     ids = torch.tensor([[2, 4, 5, 6], [2, 5, 0, 0], [2, 3, 0, 0]])
     bytes_ = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     pixels = bytes_.float()/255
-    x = moved_patches(bytes_, torch.full((3,), 8), 8) if image == 'patches' else pixels       # the eighth: not moved, not mirrored
+    x = moved_patches(bytes_, torch.full((3,), 8), 8) if image == 'patches' else pixels   # row 8: not moved, not mirrored
     ours = model.classifier(pooled(model, dict(input_ids=ids, text_mask=ids != 0, pixels=x, image_mask=seen)))
     if image == 'nothing':
         e = model.vilt.embeddings
-        whole = dict(image_embeds=(e.cls_token + e.position_embeddings[:, :1]).expand(3, -1, -1), pixel_mask=torch.zeros(3, 1).long())
+        cls = (e.cls_token + e.position_embeddings[:, :1]).expand(3, -1, -1)
+        whole = dict(image_embeds=cls, pixel_mask=torch.zeros(3, 1).long())
     else: whole = dict(pixel_values=2*pixels - 1, pixel_mask=torch.ones(3, 32, 32).long())
     theirs = model(input_ids=ids, attention_mask=(ids != 0).long(), **whole).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
     names, weights = zip(*model.named_parameters())
-    for name, a, b in zip(names, *(torch.autograd.grad(o.square().sum(), weights, allow_unused=True) for o in (ours, theirs))):
+    slopes = [torch.autograd.grad(o.square().sum(), weights, allow_unused=True) for o in (ours, theirs)]
+    for name, a, b in zip(names, *slopes):
         if a is None: assert b is None or 'key.bias' in name or b.abs().max() == 0, name
         else: assert torch.allclose(a, b, atol=2e-4*max(1, float(b.abs().max()))), name
 
@@ -230,7 +232,8 @@ def test_two_halves_are_one_batch():
         part = torch.from_numpy(rng.permutation(32))
         x = moved_patches(pictures[part], torch.full((32,), 2*int(rng.integers(9))), 8)
         blank = torch.tensor([[2, 3]]).expand(32, -1)
-        out = head(pooled(plain, dict(input_ids=blank, text_mask=blank != 0, pixels=x, image_mask=torch.ones(32).bool())))
+        b = dict(input_ids=blank, text_mask=blank != 0, pixels=x, image_mask=torch.ones(32).bool())
+        out = head(pooled(plain, b))
         opt.zero_grad(); torch.nn.functional.mse_loss(out, marks[part]).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
     for (k, a), b in zip(model.vilt.named_parameters(), plain.vilt.parameters()):
@@ -248,7 +251,8 @@ def test_large_weights_are_trained_one_teacher_at_a_time(checkpoint, root, cases
     class Watched(Teacher):
         def build(self, *a): made.append(self.seed); return super().build(*a)
     params = QUICK.model_copy(update={'weights': str(folder)})
-    teachers = trained([(lambda s=s: Watched(CATALOGUE, params, root, image_size=32, seed=s), cases, '') for s in (0, 1)])
+    make = lambda seed: Watched(CATALOGUE, params, root, image_size=32, seed=seed)
+    teachers = trained([(lambda: make(0), cases, ''), (lambda: make(1), cases, '')])
     next(teachers); assert made == [0]
     next(teachers); assert made == [0, 1]
 
@@ -261,5 +265,6 @@ def test_an_error_in_one_network_ends_the_others(root, cases, monkeypatch):
             if seed == 0 and len(turns) > 4: raise RuntimeError('broken')
             yield
     monkeypatch.setattr(Teacher, 'train_member', broken)
-    with pytest.raises(RuntimeError, match='broken'): Teacher(CATALOGUE, QUICK.model_copy(update={'members': 3}), root, image_size=32).fit(cases)
+    three = QUICK.model_copy(update={'members': 3})
+    with pytest.raises(RuntimeError, match='broken'): Teacher(CATALOGUE, three, root, image_size=32).fit(cases)
     assert torch.get_num_threads() == before and len(turns) < 3000

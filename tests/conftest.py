@@ -11,8 +11,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE_METHODS = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint')
 
 
-LONG = ('test_pipeline', 'test_engine', 'test_browser', 'test_chaos', 'test_faults', 'test_grid', 'test_privacy', 'test_study', 'test_export')
-SLOW = ()
+# The longest files, in the order in which two workers take them; the second does not wait for the smoke run of the first.
+LONG = ('test_pipeline', 'test_grid', 'test_engine', 'test_chaos', 'test_browser', 'test_faults', 'test_export', 'test_calibration',
+        'test_folds', 'test_privacy', 'test_study', 'test_reason', 'test_vision', 'test_kernels', 'test_endpoint')
+
+# What `make check` leaves out: files, and single tests as file::test. Tests that take the fixture smoke_run are left out as well.
+SLOW = (
+    'test_browser', 'test_chaos', 'test_endpoint', 'test_engine', 'test_export', 'test_faults', 'test_folds', 'test_gene', 'test_gpu',
+    'test_grid', 'test_kernels', 'test_launch', 'test_pipeline', 'test_predict', 'test_privacy', 'test_reason', 'test_retrieve',
+    'test_study', 'test_teachers', 'test_vision',
+    'test_calibration::test_grid_goes_on_where_it_was',
+    'test_cli::test_real_cases_through_the_command',
+    'test_dual::test_stage_of_a_smoke_run',
+    'test_dual::test_pannuke_through_cohort_and_teacher',
+    'test_dual::test_benchmark_on_real_tiles',
+    'test_notebooks::test_modules_know_every_name_they_use',
+)
 
 
 def pytest_configure(config):
@@ -23,7 +37,8 @@ def pytest_configure(config):
 
 def is_slow(item) -> bool:
     "Does `make check` leave a test out?"
-    return item.module.__name__ in SLOW or f'{item.module.__name__}::{getattr(item, "originalname", item.name)}' in SLOW
+    file, test = item.module.__name__, getattr(item, 'originalname', item.name)
+    return file in SLOW or f'{file}::{test}' in SLOW or 'smoke_run' in item.fixturenames
 
 
 def pytest_collection_modifyitems(items):

@@ -24,8 +24,8 @@ def row(file: Path) -> str:
     "One line of the table."
     text = file.read_text()
     tree, marked = ast.parse(text), slow()
-    tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')]
-    quick = [t for t in tests if not {file.stem, f'{file.stem}::{t}'} & marked]
+    tests = {n.name: {a.arg for a in n.args.args} for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')}
+    quick = [t for t, fixtures in tests.items() if not {file.stem, f'{file.stem}::{t}'} & marked and 'smoke_run' not in fixtures]
     needs = [what for what, pattern in NEEDS.items() if re.search(pattern, text)]
     what = ast.get_docstring(tree).split('\n')[0].split(': ')[0].rstrip('.')
     share = 'all' if len(quick) == len(tests) else 'none' if not quick else f'{len(quick)} of {len(tests)}'

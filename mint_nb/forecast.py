@@ -365,10 +365,10 @@ class Cost(NamedTuple):
     efficiency: float   # share of the probed speeds that the counted work reaches
 
 # %% ../nbs/58_forecast.ipynb #0060
-MEASURED = {   # from smoke runs with cold kernels; align and write from 32 updates and 40 tokens of SmolLM2, in both precisions
+MEASURED = {   # a first one: smoke runs with cold kernels, a fifth of a laptop run on a busy machine; tiles and warmup not measured
     'cohort': Cost(2.2, 2.2, 1.0),
     'cohort, tiles': Cost(2.2, 0.2, 1.0),
-    'upstream': Cost(8.9, 0.1, 0.5),
+    'upstream': Cost(6.6, 0.1, 1.4),
     'upstream, tiles': Cost(8.9, 0.3, 0.5),
     'rank': Cost(9.5, 0.2, 1.0),
     'preferences': Cost(9.9, 0.05, 1.0),

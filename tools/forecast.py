@@ -44,7 +44,7 @@ def read_run(folder: Path, rows: dict[str, list[Row]]) -> None:
     "Print what was said and what it took, and add the finished steps to the rows of their kinds."
     run = Run(folder, open_params(folder))
     speeds, workers, learnt, said = facts_of(run)
-    p, steps, trained = known_counts(run), plan(run.params), 0
+    p, steps, trained, ended = known_counts(run), plan(run.params), 0, 0
     parts = parts_of(p, steps, speeds, workers, learnt)
     print(f'\n{folder}: {workers} workers, ' + ', '.join(f'{k} ' + ' '.join(f'{f} {v:.2f}' for f, v in s._asdict().items()) for k, s in speeds.items()))
     print(f'{"step":32} {"kind":16} {"said":>14} {"took":>14}  ratio     (start + work, s)')
@@ -52,11 +52,12 @@ def read_run(folder: Path, rows: dict[str, list[Row]]) -> None:
         kind, how = kind_of(s, p), speeds['beside' if workers > 1 and side_by_side(s) else 'alone']
         work = seconds_of(work_of(s, p, trained < workers, learnt), how)
         trained += kind == 'align'
-        if (wall := wall_seconds(run, s)) is None: continue
+        if (wall := wall_seconds(run, s)) is None or not work_seconds(run, s): continue      # not finished
+        ended += 1
         body, part = min(wall, work_seconds(run, s)), parts[s.stage]
         rows[kind].append(Row(how.python, work, wall, body))
         print(f'{s.name:32} {kind:16} {part.start:6.1f} {part.body:7.1f} {wall - body:6.1f} {body:7.1f}  {wall/(part.start + part.body):5.2f}')
-    print(f'in all: said {said.get("seconds", "nothing")}, took {wall_of(run):.1f} s')
+    print(f'in all: said {said.get("seconds", "nothing")}, took {wall_of(run):.1f} s' if ended == len(steps) else 'the run is not finished')
 
 
 def cell_of(table: dict[str, Cost], note: str) -> str:

@@ -45,14 +45,14 @@ def read_run(folder: Path, rows: dict[str, list[Row]]) -> None:
     run = Run(folder, open_params(folder))
     speeds, workers, learnt, said = facts_of(run)
     p, steps, trained, ended = known_counts(run), plan(run.params), 0, 0
-    parts = parts_of(p, steps, speeds, workers, learnt)
+    parts, done = parts_of(p, steps, speeds, workers, learnt), {e['stage'] for e in run.manifest if e['status'] == 'done'}
     print(f'\n{folder}: {workers} workers, ' + ', '.join(f'{k} ' + ' '.join(f'{f} {v:.2f}' for f, v in s._asdict().items()) for k, s in speeds.items()))
     print(f'{"step":32} {"kind":16} {"said":>14} {"took":>14}  ratio     (start + work, s)')
     for s in steps:
         kind, how = kind_of(s, p), speeds['beside' if workers > 1 and side_by_side(s) else 'alone']
         work = seconds_of(work_of(s, p, trained < workers, learnt), how)
         trained += kind == 'align'
-        if (wall := wall_seconds(run, s)) is None or not work_seconds(run, s): continue      # not finished
+        if s.stage not in done or (wall := wall_seconds(run, s)) is None: continue
         ended += 1
         body, part = min(wall, work_seconds(run, s)), parts[s.stage]
         rows[kind].append(Row(how.python, work, wall, body))

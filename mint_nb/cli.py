@@ -137,10 +137,15 @@ def results_csv(
 
 # %% ../nbs/71_cli.ipynb #0022
 def show_report(run: Run) -> None:
-    "Print the table of results and where the report is."
-    table, page = run/'analysis/table.md', run/'analysis/report.html'
-    if not table.exists(): raise InputError('the run has no results yet', file=run.path, hint=f'mint-nb run --out {run.path}')
-    typer.echo(f'\n{table.read_text().strip()}\n\nreport: {page}')
+    "Print the table of results and where the report is; of an unfinished run what is ready and what is missing."
+    file, page, table = (run/f'analysis/{f}' for f in ('table.md', 'report.html', 'table.parquet'))
+    rows = set(read_table(table).method) if table.exists() else set()
+    if file.exists() and rows >= set(run.params.methods):
+        typer.echo(f'\n{file.read_text().strip()}\n\nreport: {page}')
+    else:
+        from mint_nb.pipeline import unfinished
+        typer.echo(unfinished(run))
+        if file.exists(): typer.echo(f'  report of an earlier state: {page}')
 
 # %% ../nbs/71_cli.ipynb #0023
 @app.command()
@@ -158,7 +163,7 @@ def run(
     workers: Annotated[int, typer.Option(help='trainings and predictions at the same time; 0: two for a small student on a CPU, else one')] = 0,
     show_cases: Annotated[bool, typer.Option('--show-cases', help='real cases: executed notebooks and the report may show some, with notes and identifiers')] = False,
 ):
-    "Run the pipeline, or go on with it; prints an estimate, a line per step, and the table of results."
+    "Run the pipeline, or go on with it; prints an estimate, what is going on, rows as they are ready, and the table."
     from mint_nb.pipeline import run_pipeline
     out = out or Path('runs')/Path(profile).stem
     done = run_pipeline(out, profile, run_overrides(task, cases, profile, max_cases, methods, seeds, sets) | ({'show_cases': True} if show_cases else {}), until, workers=workers)
@@ -193,10 +198,12 @@ def report(
     folder: RunDir = Path('runs/laptop'),
     csv: Annotated[Optional[Path], typer.Option(help='also write the main results as a small CSV file')] = None,
 ):
-    "Print the table of results of a run and the path of its report."
+    "Print the table of results of a run and the path of its report; before its end what is ready and what is missing."
     run = opened(folder)
     show_report(run)
     if csv:
+        if not (run/'analysis/table.parquet').exists():
+            raise InputError('the run has no results yet', file=run.path, hint=f'mint-nb run --out {run.path}')
         with atomic_path(csv) as tmp: tmp.write_text(results_csv(run))
         typer.echo(f'results: {csv}')
 

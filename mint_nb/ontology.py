@@ -239,8 +239,7 @@ class Ontology:
         **derived,                  # tables of `derived_tables`
     ):
         self.version, self.merged = version, merged
-        self._tables: dict[str, Any] = {'terms': terms, 'rows': rows, 'genes': genes, **derived}
-        self._frames: dict[str, Any] = {}   # of mapped tables that somebody wanted whole
+        self._tables, self._frames = {'terms': terms, 'rows': rows, 'genes': genes, **derived}, {}   # frames: of what is mapped and wanted whole
         if above is not None: self._above = above
     def __len__(self): return len(self.terms)
     def __contains__(self, id: str): return id in self.index

@@ -13,8 +13,6 @@ import numpy as np
 from .core import InputError, Run, read_table, run_stage, write_json, write_table
 from .tasks import Case, Catalogue, Rankings, get_task, rankings_from_scores
 from .cohort import cohort_captions, cohort_cases, cohort_catalogue, make_cohort
-from .dual import DUAL_VIEWS, DualTeacher
-from .teachers import Teacher, cross_fit, judging_folds, unseen_answers
 
 # %% ../nbs/19_upstream.ipynb #0005
 def accuracy(
@@ -28,7 +26,7 @@ def accuracy(
     return dict(top1=round(float((place < 1).mean()), 4), top5=round(float((place < 5).mean()), 4), n=len(at))
 
 # %% ../nbs/19_upstream.ipynb #0008
-NETWORKS: dict[str, dict[str, tuple]] = {'note': {'model': ('both', 'portrait'), 'model-note': ('note',)}, 'image': {'model': DUAL_VIEWS}}   # by what the student sees: which teacher ranks by which views
+NETWORKS: dict[str, dict[str, tuple]] = {'note': {'model': ('both', 'portrait'), 'model-note': ('note',)}, 'image': {'model': ('zero_shot', 'probe', 'tuned')}}   # by what the student sees: which teacher ranks by which views
 _FULL = 200     # catalogues up to this size are ranked in full, larger ones at both ends
 
 def _tables(cases: Sequence[Case], scores: np.ndarray, catalogue: Catalogue, seed: int) -> Rankings:
@@ -46,13 +44,17 @@ def teacher_views(run: Run) -> tuple[str, ...]:
 def teacher_maker(run: Run, view: str = 'both') -> Callable[[int], Any]:   # seed to an untrained teacher
     "What makes the teachers of a run; one of the view 'note' sees no portrait."
     p, task, catalogue, root = run.params, get_task(run.params.task), cohort_catalogue(run), run/'cases'
-    if task.view == 'note': return lambda seed: Teacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, view, seed)
+    if task.view == 'note':
+        from mint_nb.teachers import Teacher
+        return lambda seed: Teacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, view, seed)
+    from mint_nb.dual import DualTeacher
     captions = cohort_captions(run)
     return lambda seed: DualTeacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, p.teacher.view, seed, captions)
 
 # %% ../nbs/19_upstream.ipynb #0010
 def rank_with(run: Run, seed: int, model: str, views: Sequence[str]) -> None:
     "Cross-fit a kind of teacher on the training cases, train a final one for the others, and write what they rank by each view."
+    from mint_nb.teachers import cross_fit, judging_folds, unseen_answers
     p, label, catalogue, train = run.params, get_task(run.params.task).label, cohort_catalogue(run), cohort_cases(run, 'train')
     held, make = [c for c in cohort_cases(run) if c.split != 'train'], teacher_maker(run, 'note' if model == 'model-note' else 'both')
     known = [c for c in train if c.labels.get(label) in catalogue]

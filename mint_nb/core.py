@@ -8,8 +8,9 @@ __all__ = ['SETTLED', 'KEPT', 'SMALL', 'PROFILES', 'STAGE_PARAMETERS', 'printabl
            'recall', 'file_digest', 'code_modules', 'code_digest', 'seed_all', 'progress', 'one_cycle', 'Section',
            'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'VisionParams', 'TrainParams',
            'PredictParams', 'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams', 'CalibrateParams',
-           'Params', 'nest', 'checked_params', 'resolve_params', 'Run', 'open_run', 'versions', 'locked', 'device_name',
-           'native_bf16', 'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run', 'open_params']
+           'Params', 'nest', 'checked_params', 'resolve_params', 'first_lesson', 'Run', 'open_run', 'versions',
+           'locked', 'device_name', 'native_bf16', 'record', 'stage_key', 'run_stage', 'stage_done', 'stage_run',
+           'open_params']
 
 # %% ../nbs/00_core.ipynb #0003
 import ast, contextlib, fcntl, functools, hashlib, importlib.util, json, os, random, re, resource, shutil, sys, threading, time
@@ -468,6 +469,19 @@ def resolve_params(
     own = per_task.get(str(over.get('task', recipe.get('task', 'disease'))))                                     # what the task wants otherwise
     if own and own.exists(): recipe = _merge(recipe, read_yaml(own))
     return checked_params(_merge(recipe, over), path.name)
+
+# %% ../nbs/00_core.ipynb #0052b
+def first_lesson(
+    p: TeacherParams,
+    image_size: int,      # pixels a side
+    tiles: bool = False,  # random tiles, not faces
+) -> Path:
+    "Where the weights are kept with which a small teacher begins."
+    module = 'mint_nb.nuclei' if tiles else 'mint_nb.images'
+    fields = {'hidden', 'layers', 'heads', 'patch', 'pretrain', 'pretrain_epochs'}
+    fields |= {'batch', 'lr', 'weight_decay', 'stain'} if tiles else set()
+    key = digest([p.model_dump(include=fields), image_size, code_modules(module)[module], 3])
+    return cache_dir()/f"{'tiles' if tiles else 'faces'}-{key}.safetensors"
 
 # %% ../nbs/00_core.ipynb #0053
 class Run:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from .core import InputError, TeacherParams, atomic_path, cache_dir, code_modules, digest, locked, one_cycle, progress, read_json, write_json
+from .core import InputError, TeacherParams, atomic_path, first_lesson, locked, one_cycle, progress, read_json, write_json
 from .images import load_image
 from .metrics import grouped_bootstrap
 from .nuclei import MORPHOLOGY, caption_words, describe_tile, random_tiles, tissue_texts
@@ -135,10 +135,8 @@ def seeing_clip(
     "A small CLIP that has read captions of random tiles."
     torch.manual_seed(0); model = small_clip(params, len(tok), image_size)
     if not params.pretrain: return model
-    made = [params.hidden, params.layers, params.heads, params.patch, params.batch, params.lr, params.weight_decay, params.stain, params.pretrain, params.pretrain_epochs]
-    key = digest([made, image_size, code_modules('mint_nb.nuclei')['mint_nb.nuclei'], 1])
-    file = cache_dir()/f'clip-{key}.safetensors'
-    with locked(cache_dir()/f'.clip-{key}.lock'):
+    file = first_lesson(params, image_size, tiles=True)
+    with locked(file.with_suffix('.lock')):
         if not file.exists():
             tiles, captions = random_tiles(params.pretrain, image_size)
             learn_pairs(model, tok, tiles, captions, params.pretrain_epochs, params.lr, params)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Callable, Literal, Optional, Sequence
 import yaml
 from fastcore.basics import patch   # methods a cell each
 
-from .core import (InputError, Params, Run, atomic_path, cache_dir, code_modules, digest, locked, open_params, open_run, read_json,
+from .core import (InputError, Params, Run, atomic_path, first_lesson, locked, open_params, open_run, read_json,
                           resolve_params, stage_done, write_json)
 from .kernels import BarsOnly, NotebookFailed, run_notebook, stop_kernels, warm_up
 from .forecast import REFERENCE, Forecast, Speeds, known_counts, matters, parts_of, probe, reads_alone, side_by_side
@@ -90,14 +90,7 @@ def plan(
 # %% ../nbs/60_pipeline.ipynb #0020a
 def learnt_before(p: Params) -> bool:
     "Is what the teacher's encoder learns from first in the cache?"
-    t, image = p.teacher, get_task(p.task).view == 'image'
-    source = 'mint_nb.nuclei' if image else 'mint_nb.images'
-    made: list[Any] = [t.hidden, t.layers, t.heads, t.patch]
-    if image: made += [t.batch, t.lr, t.weight_decay, t.stain]
-    made += [t.pretrain, t.pretrain_epochs]
-    code = code_modules(source)[source]
-    key = digest([made, p.cohort.image_size, code, 1] if image else [*made, p.cohort.image_size, code, 1])
-    return (cache_dir()/f"{'clip' if image else 'faces'}-{key}.safetensors").exists()
+    return first_lesson(p.teacher, p.cohort.image_size, get_task(p.task).view == 'image').exists()
 
 # %% ../nbs/60_pipeline.ipynb #0020b
 def own_stages(step: Step) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViltConfig, ViltForQuestionAnswering
 
-from .core import InputError, TeacherParams, atomic_path, cache_dir, code_modules, digest, locked, one_cycle, progress, read_json, write_json
+from .core import InputError, TeacherParams, atomic_path, first_lesson, locked, one_cycle, progress, read_json, write_json
 from .tasks import Case, Catalogue, Rankings, rankings_from_scores
 from .images import DRAWN, LANDMARKS, SCATTER, SHAPE, SIGNAL, draw_faces, face, load_image
 
@@ -322,10 +322,8 @@ def see_faces(
 ) -> None:
     "Load face-reading weights into a small model, in place; they are learnt once and kept in the cache."
     if not params.pretrain: return
-    made = [params.hidden, params.layers, params.heads, params.patch, params.pretrain, params.pretrain_epochs]
-    key = digest([made, image_size, code_modules('mint_nb.images')['mint_nb.images'], 2])
-    file = cache_dir()/f'faces-{key}.safetensors'
-    with locked(cache_dir()/f'.faces-{key}.lock'):
+    file = first_lesson(params, image_size)
+    with locked(file.with_suffix('.lock')):
         if not file.exists():
             torch.manual_seed(0); fresh = small_vilt(params, 4, 1, image_size)
             learn_faces(fresh, *random_faces(params.pretrain, image_size), params.pretrain_epochs)

@@ -33,7 +33,7 @@ test: .make/env  ## every notebook that has changed since it last ran (all of th
 	$(PYTEST) --durations=10
 
 .PHONY: check
-check: .make/env  ## while you work, at most two minutes: lint, types, modules in sync, the fast half of the tests
+check: .make/env  ## while you work: lint, types, modules in sync, the fast half of the tests
 	$(MAKE) lint
 	$(PYTEST) -m "not slow"
 

@@ -282,7 +282,9 @@ def _connected() -> Optional[socket.socket]:
 class ForkedKernel:
     "A kernel that the warm process has forked, with what jupyter_client wants of a `subprocess.Popen`."
     stdin = stdout = stderr = None
-    def __init__(self, channel: socket.socket, pid: int): self.channel, self.pid, self.returncode = channel, pid, None
+    def __init__(self, channel: socket.socket, pid: int):
+        self.channel, self.pid = channel, pid
+        self.returncode: Optional[int] = None
 
     def poll(self) -> Optional[int]:
         "The exit code, or None while it runs."
@@ -366,8 +368,8 @@ def warm_manager() -> type:
     from jupyter_client.provisioning import LocalProvisioner
 
     class WarmProvisioner(LocalProvisioner):
-        async def launch_kernel(self, cmd: list[str], **kw: Any) -> dict:
-            kernel = fork_kernel(cmd, **kw)
+        async def launch_kernel(self, cmd: list[str], **kw: Any) -> Any:
+            kernel: Any = fork_kernel(cmd, **kw)
             if kernel is None: return await super().launch_kernel(cmd, **kw)
             self.process, self.pid, self.pgid, self.cwd = kernel, kernel.pid, kernel.pid, kw.get('cwd') or os.getcwd()
             return self.connection_info

@@ -180,7 +180,6 @@ def run_step(
 # %% ../nbs/60_pipeline.ipynb #0048
 def check_methods(params: Params) -> None:
     "Refuse a method that nobody knows, before an hour of work and not after it."
-    warm_up()                                # it loads the libraries of the kernels meanwhile
     from mint_nb.methods import get_method
     for m in params.methods: get_method(m)
 
@@ -380,12 +379,14 @@ def run_pipeline(
     if todo: check_methods(run.params)
     workers = worker_count(run.params, workers)
     watch = Watch(run, steps, *foresee(run, steps, todo, workers), say, quiet)
+    if todo: warm_up()     # not earlier: it would disturb the probe
     watch.speak(f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, about {minutes(watch.left())}')
     with watch.ticking():
         for together, group in groupby(steps, lambda s: side_by_side(s) and workers > 1):
             watch.together = together
             run_steps(watch, [s for s in group if s in todo or watch.tell(s)], workers if together else 1, quiet)
-    check_shown(run); return run
+    check_shown(run)
+    return run
 
 # %% ../nbs/60_pipeline.ipynb #0061
 def step_state(

@@ -52,7 +52,6 @@ def teacher_maker(run: Run, view: str = 'both') -> Callable[[int], Any]:   # see
     captions = cohort_captions(run)
     return lambda seed: DualTeacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, p.teacher.view, seed, captions)
 
-# %% ../nbs/19_upstream.ipynb #0010
 def kind_jobs(run: Run, seed: int, model: str, division: 'Division', train: Sequence[Case]) -> 'list[Job]':
     "The teachers of a kind: one for each fold of the training cases, and a final one for all others."
     from mint_nb.teachers import fold_jobs

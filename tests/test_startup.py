@@ -2,10 +2,11 @@
 import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mint_nb import core
-from mint_nb.core import code_digest, code_modules, file_digest, open_run, recall, record, run_stage, stage_done, write_json
+from mint_nb.core import code_digest, code_modules, file_digest, open_run, recall, record, run_stage, stage_done, write_json, write_table
 
 # ---------------------------------------------------------------------------------------------- what is loaded
 
@@ -56,6 +57,7 @@ def test_report_loads_no_models(tmp_path):
     run = open_run(tmp_path/'run', 'smoke')
     (run/'analysis').mkdir(parents=True)
     (run/'analysis/table.md').write_text('| method |')
+    write_table(run/'analysis/table.parquet', pd.DataFrame({'method': run.params.methods}))
     text, names = after_command('report', run.path)
     assert '| method |' in text and not names & (MODELS | FIGURES | OTHERS)
 

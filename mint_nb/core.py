@@ -293,11 +293,11 @@ class TeacherParams(Section):
     "The upstream multimodal model."
     weights: Optional[str] = None   # folder of pretrained ViLT weights (tiles: CLIP weights such as PLIP); None trains from a small config
     hidden: int = 128; layers: int = 2; heads: int = 4; patch: int = 16
-    epochs: int = 24; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
+    epochs: int = 22; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
     members: int = 2                # networks whose probabilities are averaged
     drop_findings: float = 0.3      # share of the text's phrases hidden at random in training
     pretrain: int = 3000            # drawings of random people, or tiles of random morphology, that a small encoder learns from first; 0: none
-    pretrain_epochs: int = 12
+    pretrain_epochs: int = 16
     folds: int = 3                  # cross-fitting folds
     view: Literal['both', 'note', 'portrait', 'zero_shot', 'probe', 'tuned'] = 'both'   # what it sees when it ranks; tiles: how it ranks
     stain: float = 0.1              # tiles: spread of the stain augmentation, in optical density and as a factor

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'GPUS', 'READ_WHEN_LOADED', 'INLINE', 'READ_LATER', 'LIMITS', 'PDEATHSIG', 'IDLE', 'SINGLE', 'PATIENT',
-           'START', 'load_libraries', 'can_fork', 'loaded_with', 'limits', 'refusal', 'set_threads', 'take_on',
-           'WarmServer', 'serve', 'CurrentStream', 'streams_of_the_moment', 'serve_kernels', 'become_kernel',
+           'KEEPING', 'START', 'load_libraries', 'can_fork', 'loaded_with', 'limits', 'refusal', 'set_threads',
+           'take_on', 'WarmServer', 'serve', 'CurrentStream', 'streams_of_the_moment', 'serve_kernels', 'become_kernel',
            'share_kernels', 'ForkedKernel', 'fork_kernel', 'kernels_of', 'stop_kernels', 'warm_manager', 'warm_up',
            'NotebookFailed', 'BarsOnly', 'run_notebook']
 
@@ -271,11 +271,13 @@ def share_kernels() -> str:
 # %% ../nbs/56_kernels.ipynb #0046
 _servers: list = []      # started by this process
 PATIENT = {'OMP_WAIT_POLICY': 'PASSIVE'}      # threads that wait must not burn a core that others need
+KEEPING = {      # of the C library: what a training gives back it wants again at once, so the process keeps it
+    'MALLOC_TRIM_THRESHOLD_': str(2**31), 'MALLOC_MMAP_THRESHOLD_': str(2**25), 'MALLOC_TOP_PAD_': str(2**26)}
 START = 'import sys; from mint_nb.kernels import serve_kernels; serve_kernels(sys.argv[1], int(sys.argv[2]))'
 
 def _start(place: str, owner: str) -> None:
     "Start a warm process and wait until it listens, which is before it loads anything."
-    env = PATIENT | os.environ
+    env = PATIENT | KEEPING | os.environ
     Path(place).unlink(missing_ok=True)
     with open(Path(place).parent/'log', 'w') as log:
         process = subprocess.Popen([sys.executable, '-c', START, place, owner],

@@ -294,25 +294,23 @@ def learn_faces(
     "Train the encoder to measure landmarks from pictures alone, in place."
     torch.manual_seed(seed)
     rng, n, history = np.random.default_rng(seed), len(pictures), []
-    nets = [(model, nn.Linear(model.config.hidden_size, marks.shape[1]))]
-    nets.append(copy.deepcopy(nets[0]))
+    nets = [net := (model, nn.Linear(model.config.hidden_size, marks.shape[1])), copy.deepcopy(net)]
     own, twin = ([*m.vilt.parameters(), *head.parameters()] for m, head in nets)
     updates = Updates([own], [2e-3], .05, epochs*-(-n//batch))
     other: Any = one_vector(twin, updates.vectors[0].data).grad
     with one_core_each() as cores, ThreadPoolExecutor(min(2, cores)) as pool:
         for _ in progress(range(epochs), 'learning to see faces'):
-            losses = []
+            history.append([])
             for part in torch.from_numpy(rng.permutation(n)).split(batch):
                 which, size = 2*int(rng.integers(len(SHIFTS))), len(part)
                 updates.start([True])
                 other.zero_()
                 half = lambda net, p: face_loss(net, pictures[p], marks[p], which, len(p)/size)
-                losses.append(sum(pool.map(half, nets, part.chunk(2))))
+                history[-1].append(sum(pool.map(half, nets, part.chunk(2))))
                 updates.grads[0] += other
                 updates.step()
-            history.append(float(np.mean(losses)))
     updates.end()
-    return history
+    return [float(np.mean(h)) for h in history]
 
 # %% ../nbs/10_teachers.ipynb #0024
 def see_faces(
@@ -549,9 +547,8 @@ def side_by_side(
     stop = threading.Event()
     def run(loop: Iterator) -> None:
         try:
-            for _ in loop:
+            while not stop.is_set() and next(loop, stop) is not stop:
                 turned.put(None)
-                if stop.is_set(): return
         except BaseException as e:
             turned.put(e)
             raise
@@ -563,7 +560,6 @@ def side_by_side(
             for d in done: d.result()
         finally:
             stop.set()
-            pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/10_teachers.ipynb #0099
 @patch

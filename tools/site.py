@@ -126,6 +126,8 @@ def with_source(nb):
         if c.cell_type != 'code': continue
         body = ast.parse(re.sub(r'^[%!].*', '', code(c), flags=re.M)).body
         imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in body]
+        types = [ast.unparse(i) for n in body if isinstance(n, ast.If) and getattr(n.test, 'id', '') == 'TYPE_CHECKING' for i in n.body]
+        if types: cells.append(nbformat.v4.new_code_cell('\n'.join(['#| hide', *types])))   # nbdev looks types up that a string names
         if not re.match(r'#\|\s*export', c.source):
             if any(imports) and not all(imports): c.source = '#| eval: false\n' + c.source   # nbdev would run it again, out of context
         elif not all(imports):

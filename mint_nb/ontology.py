@@ -345,7 +345,7 @@ def load_ontology(
     with locked(out.parent/f'.{out.name}.lock'):
         if not (out/'card.json').exists(): _build_cache(folder, out)
     card, tables = read_json(out/'card.json'), {name: Mapped(out/f'{name}.arrow') for name in TABLES}
-    try: above = tuple(np.load(out/f'{name}.npy', mmap_mode='r').view(np.ndarray) for name in ('ancestors-begin', 'ancestors'))
+    try: above = tuple(np.load(out/f'{name}.npy', mmap_mode='r', allow_pickle=False).view(np.ndarray) for name in ('ancestors-begin', 'ancestors'))
     except (OSError, ValueError) as e: raise InputError(f'is not readable: {printable(e)}', file=out, hint='delete it') from e
     return Ontology(version=card['version'], merged=card['merged'], above=above, **tables)
 

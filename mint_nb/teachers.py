@@ -202,7 +202,7 @@ def end(self: Updates) -> None:
 DRAW = '''import sys, numpy as np
 from mint_nb.images import draw_faces
 marks, faces, first, size = sys.argv[1:]
-np.save(faces, draw_faces(np.load(marks), int(first), int(size)))'''
+np.save(faces, draw_faces(np.load(marks, allow_pickle=False), int(first), int(size)))'''
 
 @contextlib.contextmanager
 def drawn_elsewhere(marks: np.ndarray, first: int, size: int):
@@ -215,7 +215,7 @@ def drawn_elsewhere(marks: np.ndarray, first: int, size: int):
         def wait() -> list[np.ndarray]:
             if child.wait():
                 raise RuntimeError(f'the process that draws faces ended with code {child.returncode}')
-            return [np.load(f'{d}/faces.npy')]
+            return [np.load(f'{d}/faces.npy', allow_pickle=False)]
         try:
             yield wait
         finally:

@@ -20,7 +20,7 @@ def trained(smoke_run, tmp_path_factory):
     copy = tmp_path_factory.mktemp('export')/'run'
     shutil.copytree(smoke_run.path, copy)
     file = copy/'align/mint-0/adapter/adapter_model.safetensors'
-    save_file({k: v*(1000. if 'lora_B' in k else 1.) for k, v in load_file(file).items()}, file, metadata={'format': 'pt'})
+    save_file({k: v*(3000. if 'lora_B' in k else 1.) for k, v in load_file(file).items()}, file, metadata={'format': 'pt'})
     return Run(copy, smoke_run.params)
 
 

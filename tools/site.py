@@ -68,7 +68,7 @@ def execute(path: Path) -> tuple[str, float, str]:
     return path.stem, time.perf_counter() - start, ''
 
 
-LONGEST = ('60_pipeline', '13_dual', '32_engine', '61_study', '66_honest', '65_grid', '36_bench', '46_export')   # where nothing is remembered
+LONGEST = ('32_engine', '56_kernels', '41_reason', '66_honest', '60_pipeline', '40_retrieve', '46_export', '62_confidence')   # where nothing is remembered
 
 
 def longest_first(paths: list[Path]) -> list[Path]:

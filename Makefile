@@ -4,7 +4,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 OUT ?= runs/laptop
-WORKERS ?= 3     # one more than a laptop has cores: tests wait for kernels and commands
+# one more than a laptop has cores, since tests wait for kernels and commands
+WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

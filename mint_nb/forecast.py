@@ -365,17 +365,17 @@ class Cost(NamedTuple):
     efficiency: float   # share of the probed speeds that the counted work reaches
 
 # %% ../nbs/58_forecast.ipynb #0060
-MEASURED = {   # a first one: smoke runs with cold kernels, a fifth of a laptop run on a busy machine; tiles and warmup not measured
-    'cohort': Cost(2.2, 2.2, 1.0),
-    'cohort, tiles': Cost(2.2, 0.2, 1.0),
-    'upstream': Cost(6.6, 0.1, 1.4),
-    'upstream, tiles': Cost(8.9, 0.3, 0.5),
-    'rank': Cost(9.5, 0.2, 1.0),
-    'preferences': Cost(9.9, 0.05, 1.0),
-    'warmup': Cost(10.0, 1.0, 0.5),
-    'align': Cost(10.3, 0.5, 1.0),
-    'write': Cost(11.0, 0.3, 1.0),
-    'analysis': Cost(9.7, 4.0, 1.0),
+MEASURED = {   # smoke, a third of laptop, each for both tasks; two cores of an AMD EPYC with bfloat16
+    'cohort': Cost(3.99, 0.35, 3.579),
+    'cohort, tiles': Cost(5.67, 0.07, 2.888),
+    'upstream': Cost(1.07, 0.26, 4.164),
+    'upstream, tiles': Cost(1.4, 0.44, 0.947),
+    'rank': Cost(1.33, 0.01, 7.395),
+    'preferences': Cost(1.33, 0.02, 4.246),
+    'warmup': Cost(1.39, 0.64, 0.776),
+    'align': Cost(1.41, 0.81, 1.318),
+    'write': Cost(1.38, 0.37, 1.927),
+    'analysis': Cost(1.28, 2.83, 1.416),
 }
 
 # %% ../nbs/58_forecast.ipynb #0061

@@ -30,7 +30,7 @@ run: .make/env  ## the laptop profile on simulated patients, into runs/laptop; r
 
 .PHONY: test
 test: .make/env  ## every notebook that has changed since it last ran (all of them in a fresh clone), then all tests in tests/
-	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py --execute --workers $(WORKERS)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/site.py --execute
 	$(PYTEST) --durations=10
 
 .PHONY: check

@@ -4,8 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 OUT ?= runs/laptop
-# one more than a laptop has cores, since tests wait for kernels and commands
-WORKERS ?= 3
+WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

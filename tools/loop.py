@@ -108,7 +108,7 @@ def table(record: dict) -> str:
         return f'{clock:.2f} ({busy:.2f}), n = {len(row["seconds"])}' if clock < 100 else f'{clock:.0f} ({busy:.0f}), n = {len(row["seconds"])}'
     sides = {k: record[k] for k in ('before', 'after') if k in record}
     lines = ['# The loop, before and after', '',
-             'Made by `python tools/loop.py`. Median seconds of the clock (of the processor, child processes included).', '']
+             'Made by `python tools/loop.py`. Median seconds of the clock (of the processor, with child processes; forked kernels are not counted, so smoke and `make test` show less afterwards than they take).', '']
     lines += [f'- {k}: commit {s["commit"]}, {s["machine"]}' + (f'; {s["remark"]}' if s.get('remark') else '') for k, s in sides.items()]
     lines += ['', '| | ' + ' | '.join(sides) + ' |', '|---' + '|---:'*len(sides) + '|']
     for name in (*QUICK, *LONG):

@@ -51,19 +51,17 @@ def test_each_page_on_a_desk_and_on_a_phone(browser, site):
     "No console error, formulas drawn, every picture there, nothing wider than a phone."
     bad = []
     for file in sorted(SITE.glob('*.html')):
-        page, errors = opened(browser, f'{site}/{file.name}')
-        for kind, (width, height) in (('desk', (1280, 900)), ('phone', (390, 844))):     # one load, as if a window were made narrow
-            page.set_viewport_size({'width': width, 'height': height})
+        for kind, size in (('desk', (1280, 900)), ('phone', (390, 844))):
+            page, errors = opened(browser, f'{site}/{file.name}', *size)
+            bad += [f'{file.name}, {kind}: {e}' for e in errors]
             wide = page.evaluate('document.documentElement.scrollWidth - document.documentElement.clientWidth')
             if wide > 1: bad.append(f'{file.name}, {kind}: {wide} pixels too wide')
             lost = page.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))')
             bad += [f'{file.name}, {kind}: picture {src}' for src in lost]
             raw = page.evaluate(r"[...document.querySelectorAll('main p')].filter(p => /\$\$/.test(p.textContent)).length")
             if raw: bad.append(f'{file.name}, {kind}: {raw} formulas are not drawn')
-            whole = kind == 'desk' and file.stem in ('index', 'limits', 'data', 'glossary') or file.stem.startswith(('guide', 'paper'))
-            page.screenshot(path=SHOTS/f'{file.stem}-{kind}.png', full_page=whole)
-        bad += [f'{file.name}: {e}' for e in errors]
-        page.close()
+            page.screenshot(path=SHOTS/f'{file.stem}-{kind}.png', full_page=kind == 'desk' and file.stem in ('index', 'limits', 'data', 'glossary') or file.stem.startswith(('guide', 'paper')))
+            page.close()
     assert not bad, '\n'.join(bad)
 
 

@@ -329,6 +329,7 @@ class ForkedKernel:
 
 # %% ../nbs/56_kernels.ipynb #0051
 _running: Any = weakref.WeakSet()      # forked kernels of this process
+_forking = threading.RLock()           # held until a kernel that was asked for stands among them
 
 def fork_kernel(
     cmd: Sequence[str],            # of an ordinary kernel
@@ -341,11 +342,12 @@ def fork_kernel(
     if not ours or how.get('independent') or not can_fork(): return None
     env, arguments = PATIENT | (os.environ if env is None else env), cmd[cmd.index('ipykernel_launcher') + 1:]
     request = {'argv': list(arguments), 'env': env, 'cwd': os.path.abspath(cwd or os.getcwd()), 'limits': limits()}
-    try: channel, said = _asked(request, [1, 2])
-    except (OSError, EOFError) as e: said = {'refused': f'the warm process does not answer: {e!r}'}
-    if 'pid' in said:
-        _running.add(kernel := ForkedKernel(channel, said['pid']))
-        return kernel
+    with _forking:
+        try: channel, said = _asked(request, [1, 2])
+        except (OSError, EOFError) as e: said = {'refused': f'the warm process does not answer: {e!r}'}
+        if 'pid' in said:
+            _running.add(kernel := ForkedKernel(channel, said['pid']))
+            return kernel
     reason = said.get('refused', 'its fork ended at once')
     warnings.warn(f'a kernel is started the ordinary way: {reason}', stacklevel=2)
     return None
@@ -375,7 +377,8 @@ def kernels_of(pid: int) -> list[int]:
 def stop_kernels() -> None:
     "End all kernels of this process, and what else it has started."
     import psutil
-    for kernel in list(_running):
+    with _forking: kernels = list(_running)
+    for kernel in kernels:
         with contextlib.suppress(ProcessLookupError):
             if kernel.poll() is None: os.killpg(kernel.pid, signal.SIGTERM)
     for child in psutil.Process().children(recursive=True):
@@ -484,6 +487,9 @@ def run_notebook(
                                      config=_ipc(d), extra_arguments=['--IPKernelApp.log_level=50'], progress_bar=False,
                                      stderr_file=None if quiet else BarsOnly(), coalesce_streams=True,
                                      kernel_manager_class=warm_manager())
-        except (pm.PapermillExecutionError, DeadKernelError) as e: raise _failure(copy, nbformat.read(copy, 4)) from e
+        except (pm.PapermillExecutionError, RuntimeError) as e:
+            died = isinstance(e, DeadKernelError) or 'Kernel died' in str(e)      # the second: before it was ready
+            if not died and not isinstance(e, pm.PapermillExecutionError): raise
+            raise _failure(copy, nbformat.read(copy, 4)) from e
     if not all(map(_finished, nb.cells)): raise _failure(copy, nb)
     return copy

@@ -7,7 +7,7 @@ import nbformat, nbformat.reader, pytest
 from conftest import ROOT
 
 SITE, STAGES = ROOT/'_docs', sorted((ROOT/'nbs').glob('[0-9]9_*.ipynb'))
-SHOTS = Path(os.environ.get('MINT_SHOTS', ROOT/'.make/shots'))   # screenshots, to look at; kept out of git
+SHOTS = os.environ.get('MINT_SHOTS')     # a folder for screenshots, to look at
 QUIET = ('--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync')
 
 
@@ -16,7 +16,6 @@ def browser():
     found = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if not found: pytest.skip('no Chromium: `make browser` installs it, or set CHROMIUM to its path')
     from playwright.sync_api import sync_playwright
-    SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=found, args=QUIET)
         yield b
@@ -35,14 +34,25 @@ def site():
         server.shutdown()
 
 
-def opened(browser, url: str, width: int = 1280, height: int = 900):
-    "A page, and the list that its errors go to."
+def shoot(page, name: str, whole: bool = False) -> None:
+    "Keep a picture of a page for somebody to look at, if that is wanted."
+    if SHOTS: page.screenshot(path=Path(SHOTS)/f'{name}.png', full_page=whole)
+
+
+def tab(browser, width: int = 1280, height: int = 900):
+    "An empty page, and the list that its errors go to."
     page, errors = browser.new_page(viewport={'width': width, 'height': height}), []
     page.set_default_timeout(120_000)         # of a slow machine
     page.on('console', lambda m: errors.append(m.text) if m.type == 'error' and 'ERR_FAILED' not in m.text else None)
     page.on('pageerror', lambda e: errors.append(str(e)))
     def elsewhere(route): errors.append(f'asks for {route.request.url}'); route.abort()
     page.route(lambda u: not u.startswith(('http://127.0.0.1', 'data:', 'blob:')), elsewhere)   # nothing may be needed from the network
+    return page, errors
+
+
+def opened(browser, url: str):
+    "A page of that address, and the list that its errors go to."
+    page, errors = tab(browser)
     page.goto(url, wait_until='load')
     return page, errors
 
@@ -50,18 +60,21 @@ def opened(browser, url: str, width: int = 1280, height: int = 900):
 def test_each_page_on_a_desk_and_on_a_phone(browser, site):
     "No console error, formulas drawn, every picture there, nothing wider than a phone."
     bad = []
-    for file in sorted(SITE.glob('*.html')):
-        for kind, size in (('desk', (1280, 900)), ('phone', (390, 844))):
-            page, errors = opened(browser, f'{site}/{file.name}', *size)
-            bad += [f'{file.name}, {kind}: {e}' for e in errors]
+    for kind, size in (('desk', (1280, 900)), ('phone', (390, 844))):
+        page, errors = tab(browser, *size)
+        for file in sorted(SITE.glob('*.html')):
+            page.goto(f'{site}/{file.name}', wait_until='load')
             wide = page.evaluate('document.documentElement.scrollWidth - document.documentElement.clientWidth')
             if wide > 1: bad.append(f'{file.name}, {kind}: {wide} pixels too wide')
             lost = page.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))')
             bad += [f'{file.name}, {kind}: picture {src}' for src in lost]
             raw = page.evaluate(r"[...document.querySelectorAll('main p')].filter(p => /\$\$/.test(p.textContent)).length")
             if raw: bad.append(f'{file.name}, {kind}: {raw} formulas are not drawn')
-            page.screenshot(path=SHOTS/f'{file.stem}-{kind}.png', full_page=kind == 'desk' and file.stem in ('index', 'limits', 'data', 'glossary') or file.stem.startswith(('guide', 'paper')))
-            page.close()
+            text = file.stem.startswith(('guide', 'paper')) or kind == 'desk' and file.stem in ('index', 'limits', 'data', 'glossary')
+            shoot(page, f'{file.stem}-{kind}', whole=text)
+            bad += [f'{file.name}, {kind}: {e}' for e in errors]
+            errors.clear()
+        page.close()
     assert not bad, '\n'.join(bad)
 
 
@@ -131,7 +144,7 @@ def test_run_all_in_jupyterlab(browser, lab, notebook):
     assert len(code) == cells and all(c.execution_count for c in code if c.source.strip()), 'not all cells ran in ten minutes'
     seen = [k for c in code for o in c.outputs for k in o.get('data', {})] + ['stream' for c in code for o in c.outputs if o.output_type == 'stream']
     assert seen, 'a reader sees nothing'
-    page.screenshot(path=SHOTS/f'lab-{notebook.stem}.png')
+    shoot(page, f'lab-{notebook.stem}')
     page.close()
     api, header = url.removesuffix('lab') + 'api/sessions', {'Authorization': f'token {token}'}
     for session in browser.new_context().request.get(api, headers=header).json():       # its kernel goes too

@@ -1,4 +1,6 @@
 """Measures of calibration against torchmetrics and scikit-learn, treatments on the engine, and the resumable grid."""
+import shutil
+
 import numpy as np, pytest, torch
 
 from mint_nb.calibrate import TREATMENTS, bin_accuracy, calibration_loss, calibration_targets, published_calibration_loss
@@ -97,14 +99,14 @@ def test_lists_cover_by_group():
         assert row.lo <= .9 <= row.hi
 
 
-def test_grid_goes_on_where_it_was(tmp_path):
+def test_grid_goes_on_where_it_was(smoke_run, tmp_path):
     from mint_nb.confidence import calibrate_run
-    run, grid = open_run(tmp_path/'run', 'smoke'), {'mint': ('none', 'temperature', 'cft'), 'mint_cal': ('none', 'temperature')}
+    run, grid = open_run(shutil.copytree(smoke_run.path, tmp_path/'run')), {'mint': ('none', 'temperature', 'cft'), 'mint_cal': ('none', 'temperature')}
     first = calibrate_run(run, grid, workers=1)
     stages = {e['stage']: e['time'] for e in run.manifest}
     (run/'calibrate/mint-cft-0.parquet').unlink()                     # as if it had been killed before this was written
-    again = calibrate_run(open_run(tmp_path/'run', 'smoke'), grid, workers=1)
-    changed = {e['stage'] for e in open_run(tmp_path/'run', 'smoke').manifest if e['time'] != stages.get(e['stage'])}
+    again = calibrate_run(open_run(run.path), grid, workers=1)
+    changed = {e['stage'] for e in run.manifest if e['time'] != stages.get(e['stage'])}
     assert changed <= {'calibrate/mint-cft-0/confidence'}
     assert first.equals(again)
     assert {'cohort', 'method', 'treatment', 'seed', 'metric', 'value', 'lo', 'hi', 'n'} <= set(first.columns) and set(first.method) == {'mint', 'mint_cal'}

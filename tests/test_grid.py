@@ -28,6 +28,16 @@ def same(table, here):
 def attempts(root: Path) -> list[dict]: return [json.loads(l) for l in (root/'attempts.jsonl').read_text().splitlines()]
 
 
+LEFT = ['train.beta_0.5: align/mint-0', 'train.beta_0.5: predict/mint-0']
+
+def one_cell_left(here, root: Path) -> Path:
+    "A copy of the small grid in which one cell, a training and its predictions, is still to do."
+    shutil.copytree(here[0], root, symlinks=True)
+    shutil.rmtree(root/'train.beta_0.5')
+    (root/'attempts.jsonl').unlink()
+    return root
+
+
 def test_shared_stages_run_once(here):
     root, table, ended = here
     assert Counter(j.stage for j in ended) == {'cohort': 1, 'upstream': 1, 'preferences': 1, 'align': 2, 'predict': 3} and all(e.state == 'done' for e in ended.values())
@@ -76,11 +86,10 @@ def test_what_needs_a_failed_job_is_not_run(tmp_path):
 
 
 def test_local_processes_give_the_same_table(here, tmp_path):
-    shutil.copytree(here[0], tmp_path/'g', symlinks=True)
-    shutil.rmtree(tmp_path/'g/train.beta_0.5'); (tmp_path/'g/attempts.jsonl').unlink()      # one cell is left to do
-    table, ended = run_grid(SMALL, tmp_path/'g', 'local', workers=2, say=lambda l: None)
+    root = one_cell_left(here, tmp_path/'g')
+    table, ended = run_grid(SMALL, root, 'local', workers=2, say=lambda l: None)
     assert all(e.state == 'done' for e in ended.values())
-    assert [l['job'] for l in attempts(tmp_path/'g')] == ['train.beta_0.5: align/mint-0', 'train.beta_0.5: predict/mint-0']
+    assert [l['job'] for l in attempts(root)] == LEFT
     same(table, here)
 
 
@@ -101,8 +110,7 @@ table, ended = run_grid(sys.argv[1], sys.argv[2], 'ray', workers=1)
 @needs('ray')
 def test_a_ray_worker_killed_in_the_middle_loses_nothing(here, tmp_path):
     "kill -9 the worker while it trains: the job is tried again, everything is there, and the table is that of an undisturbed grid."
-    root = tmp_path/'g'
-    shutil.copytree(here[0]/'base', root/'base', symlinks=True)
+    root = one_cell_left(here, tmp_path/'g')
     (tmp_path/'grid.yaml').write_text(yaml.safe_dump(SMALL)); (tmp_path/'go.py').write_text(START)
     driver = subprocess.Popen([sys.executable, str(tmp_path/'go.py'), str(tmp_path/'grid.yaml'), str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
@@ -129,9 +137,9 @@ def is_busy(p: psutil.Process) -> bool:
 
 @needs('submitit')
 def test_submitit_gives_the_same_table(here, tmp_path):
-    shutil.copytree(here[0]/'base', tmp_path/'g/base', symlinks=True)
-    table, ended = run_grid({**SMALL, 'slurm': {'cluster': 'local', 'timeout_min': 30}}, tmp_path/'g', 'slurm', workers=1, say=lambda l: None)
-    assert all(e.state == 'done' for e in ended.values())
+    root = one_cell_left(here, tmp_path/'g')
+    table, ended = run_grid({**SMALL, 'slurm': {'cluster': 'local', 'timeout_min': 30}}, root, 'slurm', workers=1, say=lambda l: None)
+    assert [l['job'] for l in attempts(root)] == LEFT and all(e.state == 'done' for e in ended.values())
     same(table, here)
 
 

@@ -6,7 +6,7 @@ import pandas as pd, pytest
 
 import mint_nb.predict as predict
 from mint_nb.cohort import cohort_cases, cohort_catalogue
-from mint_nb.core import InputError, open_run, read_json, read_table
+from mint_nb.core import InputError, Run, open_run, read_json, read_table
 from mint_nb.decode import parse_answer
 from mint_nb.ontology import load_ontology
 from mint_nb.patients import InputWarning
@@ -18,7 +18,11 @@ NOTE_METHODS = ('chance', 'teacher', 'naive_bayes', 'naive_bayes_clean', 'resnik
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory): return open_run(tmp_path_factory.mktemp('run')/'smoke', 'smoke')
+def run(smoke_run, tmp_path_factory):
+    "A copy of the smoke run without its predictions."
+    copy = Run(shutil.copytree(smoke_run.path, tmp_path_factory.mktemp('predict')/'run'), smoke_run.params)
+    shutil.rmtree(copy/'predictions')
+    return copy
 
 
 @pytest.fixture(scope='module')

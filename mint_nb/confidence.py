@@ -10,9 +10,8 @@ __all__ = ['OUTSIDE', 'FITTED', 'GRID', 'REAL_GRID', 'VARIED', 'unseen_cases', '
            'divided', 'calibrate_questions']
 
 # %% ../nbs/62_confidence.ipynb #0003
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
@@ -32,6 +31,7 @@ from .losses import LOSSES
 from .metrics import seed_weights
 from .ontology import load_ontology
 from .patients import add_note, simulate_cohort, split_by_group
+from .kernels import processes
 from .pipeline import threads
 from .preferences import preference_rows, preferences, variant_of
 from .students import Student, add_lora, load_student
@@ -345,7 +345,7 @@ def run_jobs(
     if not workers:
         for f, *args in jobs: f(*args)
         return
-    with threads(1), ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
+    with threads(1), processes(workers) as pool:
         waiting = [pool.submit(*job) for job in jobs]
         try:
             for f in progress(as_completed(waiting), desc, total=len(waiting)): f.result()

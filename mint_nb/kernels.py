@@ -7,11 +7,13 @@ __all__ = ['LIBRARIES', 'GPUS', 'READ_WHEN_LOADED', 'INLINE', 'READ_LATER', 'LIM
            'KEEPING', 'START', 'load_libraries', 'can_fork', 'loaded_with', 'limits', 'refusal', 'set_threads',
            'take_on', 'WarmServer', 'serve', 'CurrentStream', 'streams_of_the_moment', 'serve_kernels', 'become_kernel',
            'share_kernels', 'ForkedKernel', 'fork_kernel', 'kernels_of', 'stop_kernels', 'warm_manager', 'warm_up',
-           'NotebookFailed', 'BarsOnly', 'run_notebook']
+           'same_environment', 'processes', 'NotebookFailed', 'BarsOnly', 'run_notebook']
 
 # %% ../nbs/56_kernels.ipynb #0003
 import contextlib, ctypes, fcntl, functools, gc, glob, importlib, json, os, random, resource, secrets, select, selectors
 import shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time, warnings, weakref
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -414,6 +416,34 @@ def warm_up() -> None:
 def _touch() -> None:
     "Connect once."
     if channel := _connected(): channel.close()
+
+# %% ../nbs/56_kernels.ipynb #p002
+_NOT_FOR_JOBS = ('ipykernel.kernelapp', 'fastcore.test', 'nbdev.showdoc')
+_loaded: dict = {}      # variables that libraries have read in the process that a pool is forked from
+
+def same_environment(env: dict) -> None:
+    "In a process of a pool: the environment and the threads of whoever opened it."
+    os.environ.clear()
+    os.environ.update(env)
+    set_threads(env.get('OMP_NUM_THREADS'))
+
+def processes(
+    workers: int,              # at the same time; a process starts with the first job
+) -> ProcessPoolExecutor:
+    "Processes for independent jobs, forked where kernels are."
+    env = dict(os.environ)
+    if not can_fork() or _loaded and _loaded['with'] != loaded_with(env):
+        return ProcessPoolExecutor(workers, mp_context=get_context('spawn'))
+    context = get_context('forkserver')
+    if not _loaded:
+        context.set_forkserver_preload([n for n in LIBRARIES if n not in _NOT_FOR_JOBS])
+        os.environ.update(SINGLE)                       # no thread while loading
+        try: forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(env)
+        _loaded['with'] = loaded_with(env)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=same_environment, initargs=(env,))
 
 # %% ../nbs/56_kernels.ipynb #0061
 class NotebookFailed(RuntimeError):

@@ -10,9 +10,8 @@ __all__ = ['MAIN', 'LABELS', 'ONE', 'ALL', 'LISTS', 'TRAINING', 'REAL', 'KEEP', 
 
 # %% ../nbs/61_study.ipynb #0003
 import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
@@ -28,6 +27,7 @@ from .engine import Engine, Item, TensorStore
 from .candidates import CandidateRanker
 from .align import SCHEDULES, align, load_aligned
 from .predict import predict_method
+from .kernels import processes
 from .pipeline import nbs_folder, threads
 
 # %% ../nbs/61_study.ipynb #0006
@@ -179,7 +179,7 @@ def run_piece(
     workers: int = 2,                # processes, with a thread each
 ) -> dict[str, Run]:
     "Run a piece, or go on with it."
-    with threads(1), ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:    # a process starts with the first job
+    with threads(1), processes(workers) as pool:
         runs = prepare(piece, root, source, profile)
         jobs = [(runs[''], m) for m in sorted(piece.methods, key=lambda m: m not in SCHEDULES)] + [(runs[v], 'mint') for v in piece.variations]
         waiting = [pool.submit(_work, str(r.path), m, piece.seed) for r, m in jobs]

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat, nbformat.reader, pytest
 
 from conftest import ROOT
+from mint_nb.core import cache_dir
 
 SITE, STAGES = ROOT/'_docs', sorted((ROOT/'nbs').glob('[0-9]9_*.ipynb'))
 SHOTS = os.environ.get('MINT_SHOTS')     # a folder for screenshots, to look at
@@ -104,8 +105,11 @@ def lab(tmp_path_factory):
     "Address of a JupyterLab over a copy of the stage notebooks, with the small recipe."
     home, token, runtime = tmp_path_factory.mktemp('lab'), 'x'*24, tempfile.mkdtemp(prefix='lab')   # a socket's path may have 107 characters, and pytest's folders are deep
     for f in STAGES: shutil.copy2(f, home)
+    (home/'cache').mkdir()
+    for f in cache_dir().iterdir():                       # downloads and first lessons are those of this machine, runs are new
+        if f.name != 'by-hand': (home/'cache'/f.name).symlink_to(f)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = os.environ | {'MINT_QUIET': '', 'HOME': str(home), 'JUPYTER_CONFIG_DIR': str(home/'.config'), 'JUPYTER_DATA_DIR': str(home/'.data'), 'JUPYTER_RUNTIME_DIR': runtime, 'PYTHONPATH': str(ROOT),
+    env = os.environ | {'MINT_QUIET': '', 'HOME': str(home), 'JUPYTER_CONFIG_DIR': str(home/'.config'), 'JUPYTER_DATA_DIR': str(home/'.data'), 'JUPYTER_RUNTIME_DIR': runtime, 'PYTHONPATH': str(ROOT), 'MINT_CACHE': str(home/'cache'),
                         'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', str(Path.home()/'.cache'))}
     with open(home/'lab.log', 'w') as log:
         server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--port={port}', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={home}',

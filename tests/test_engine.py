@@ -167,21 +167,50 @@ for loss, how in (('orpo', dict(nll_on='trl')), ('orpo', {}), ('kto', dict(dpo_b
     ref = reference_logps(engine, items) if LOSSES[loss].reference else None
     log = train(student, items, loss, TrainParams(batch=4, lr=1e-2, dpo_lr=1e-2, checkpoint_every=100, **how), f'{sys.argv[1]}/{loss}{len(how)}', 4, 0, ref, engine)
     found[f'{loss} {how}'] = dict(processes=torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1, log=log, weights=torch.cat([p.detach().flatten() for p in student.model.parameters() if p.requires_grad]).tolist())
-if int(os.environ.get('RANK', 0)) == 0: json.dump(found, open(sys.argv[1] + '.json', 'w'))
+if int(os.environ.get('RANK', 0)) == 0: json.dump(found, open(sys.argv[1] + '/train.json', 'w'))
 """
 
-def launched(code, folder) -> tuple[dict, dict]:
-    "What a script writes as JSON, run by one process and by two."
-    (folder/'go.py').write_text(code + LEAVE)
+SHARDS = """
+import json, os, sys, torch
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainingArguments
+from mint_nb.bench import *; from mint_nb.core import TrainParams
+from mint_nb.engine import PreferenceTrainer, SeparateEngine, adapter_digest, save_adapter, trainer_settings, whole
+from peft import load_peft_weights
+student, items = bench_student(Setting(layers=0), 'tiny'), bench_items(Setting(prompt=20, answer=8, batch=3), 1000)
+params = TrainParams(batch=3, engine='separate')
+trainer = PreferenceTrainer(student, SeparateEngine(student), 'orpo', params, args=TrainingArguments(**trainer_settings(params, sys.argv[1], 1, 1e-4, 0)), train_dataset=items)
+before = adapter_digest(student.model)
+if trainer.accelerator.num_processes > 1:
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh('cpu', (2,))
+    for layer in student.model.get_base_model().model.layers: fully_shard(layer, mesh=mesh)
+    fully_shard(student.model, mesh=mesh)
+loss = trainer.training_step(student.model, {'items': items})
+grads = torch.cat([whole(p.grad).flatten() for p in student.model.parameters() if p.grad is not None]).tolist()
+first = trainer.accelerator.is_main_process
+after = adapter_digest(student.model)
+save_adapter(student.model, sys.argv[1] + '/adapter', first)
+if first: json.dump(dict(processes=trainer.accelerator.num_processes, loss=loss.item(), grads=grads, same=before == after, seen=trainer.seen, adapter={k: v.flatten().tolist() for k, v in load_peft_weights(sys.argv[1] + '/adapter').items()}), open(sys.argv[1] + '/shards.json', 'w'))
+"""
+
+@pytest.fixture(scope='module')
+def launched(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
+    "What the two scripts write as JSON, each run by one process and by two; one start serves both."
+    folder = tmp_path_factory.mktemp('launched')
+    (folder/'go.py').write_text(TWO + SHARDS + LEAVE)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MINT_QUIET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
-    for name, how in (('one', [sys.executable, str(folder/'go.py')]), ('two', launch_command(TrainParams(processes=2), folder/'go.py'))):
+    alone, together = [sys.executable, str(folder/'go.py')], launch_command(TrainParams(processes=2), folder/'go.py')
+    for name, how in (('one', alone), ('two', together)):
+        (folder/name).mkdir()
         done = subprocess.run([*how, str(folder/name)], capture_output=True, text=True, env=env, timeout=900)
         assert done.returncode == 0, done.stderr[-2000:]
-    return tuple(json.loads((folder/f'{n}.json').read_text()) for n in ('one', 'two'))
+    found = lambda what: tuple(json.loads((folder/n/f'{what}.json').read_text()) for n in ('one', 'two'))
+    return {'train': found('train'), 'shards': found('shards')}
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(launched):
     "Lengths differ and batches do not go into equal parts: loss, gradient, what is logged and the weights are those of one process."
-    one, two = launched(TWO, tmp_path)
+    one, two = launched['train']
     assert one.keys() == two.keys() and len(one) == 4
     for how, a in one.items():
         b = two[how]
@@ -236,33 +265,9 @@ def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path
     assert file_digest(run/'align/sft-0/adapter') != first and not (run/'align/sft-0').joinpath('work').exists()
 
 
-SHARDS = """
-import json, os, sys, torch
-from torch.distributed.fsdp import fully_shard
-from transformers import TrainingArguments
-from mint_nb.bench import *; from mint_nb.core import TrainParams
-from mint_nb.engine import PreferenceTrainer, SeparateEngine, adapter_digest, save_adapter, trainer_settings, whole
-from peft import load_peft_weights
-student, items = bench_student(Setting(layers=0), 'tiny'), bench_items(Setting(prompt=20, answer=8, batch=3), 1000)
-params = TrainParams(batch=3, engine='separate')
-trainer = PreferenceTrainer(student, SeparateEngine(student), 'orpo', params, args=TrainingArguments(**trainer_settings(params, sys.argv[1], 1, 1e-4, 0)), train_dataset=items)
-before = adapter_digest(student.model)
-if trainer.accelerator.num_processes > 1:
-    from torch.distributed.device_mesh import init_device_mesh
-    mesh = init_device_mesh('cpu', (2,))
-    for layer in student.model.get_base_model().model.layers: fully_shard(layer, mesh=mesh)
-    fully_shard(student.model, mesh=mesh)
-loss = trainer.training_step(student.model, {'items': items})
-grads = torch.cat([whole(p.grad).flatten() for p in student.model.parameters() if p.grad is not None]).tolist()
-first = trainer.accelerator.is_main_process
-after = adapter_digest(student.model)
-save_adapter(student.model, sys.argv[1] + '/adapter', first)
-if first: json.dump(dict(processes=trainer.accelerator.num_processes, loss=loss.item(), grads=grads, same=before == after, seen=trainer.seen, adapter={k: v.flatten().tolist() for k, v in load_peft_weights(sys.argv[1] + '/adapter').items()}), open(sys.argv[1] + '.json', 'w'))
-"""
-
-def test_a_model_in_shards_trains_as_a_whole_one(tmp_path):
+def test_a_model_in_shards_trains_as_a_whole_one(launched):
     "FSDP2 on two CPU processes with a row for each answer: loss, gradient and the adapter on disk are those of the whole model."
-    one, two = launched(SHARDS, tmp_path)
+    one, two = launched['shards']
     assert (one['processes'], two['processes']) == (1, 2) and one['same'] and two['same'] and two['loss'] == pytest.approx(one['loss'], rel=1e-5) and two['seen'] == pytest.approx(one['seen'], rel=1e-5)
     same(torch.tensor(two['grads']), torch.tensor(one['grads']))
     assert one['adapter'].keys() == two['adapter'].keys() and all(two['adapter'][k] == pytest.approx(v) for k, v in one['adapter'].items())

@@ -179,5 +179,5 @@ def test_errors_of_predict(run, answers, folder, tmp_path):
     with pytest.raises(InputError, match='its own run only'): predict_cases(run, folder, tmp_path/'out', 'teacher')
     with pytest.raises(InputError, match='does not exist'): predict_cases(run, tmp_path/'nowhere', tmp_path/'out')
     with pytest.raises(InputError, match='has no catalogue yet'): predict_cases(open_run(tmp_path/'new', 'smoke'), folder, tmp_path/'out')
-    with pytest.raises(InputError, match='there is no such adapter'): predict_cases(run, folder, tmp_path/'out', 'sft')
+    with pytest.raises(InputError, match='there is no such adapter'): predict_cases(run, folder, tmp_path/'out', 'dpo')
     assert isinstance(build_ranker(run, 'linear'), Ranker)

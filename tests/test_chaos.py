@@ -42,7 +42,7 @@ def finish(run: Path, expected: pd.DataFrame) -> float:   # s
 
 def test_killed_at_random_moments(smoke_run, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
-    rng, begun, where, runs, longest = random.Random(seed), time.monotonic(), Counter(), 0, 25.
+    rng, begun, where, runs, longest = random.Random(seed), time.monotonic(), Counter(), 0, 12.
     expected = results(smoke_run.path, METHODS)
     if KILLS > 3: longest, runs = finish(tmp_path/'first', expected)/2, 1      # s; several kills a run
     while where.total() < KILLS:

@@ -59,7 +59,9 @@ def data() -> Path:
 
 def smoke_key() -> str:
     "What the smoke run depends on: the stage notebooks, the code that they import, its parameters, versions, and the threads it computes with."
-    from mint_nb.core import code_digest, digest, file_digest, resolve_params, versions
+    from mint_nb.core import code_digest, digest, file_digest
+    from mint_nb.params import resolve_params
+    from mint_nb.runs import versions
     stages = sorted((ROOT/'nbs').glob('[0-9]9_*.ipynb'))
     modules = sorted({'pipeline', *re.findall(r'from mint_nb\.(\w+) import', ''.join(p.read_text() for p in stages))})
     return digest([[file_digest(p) for p in stages], [code_digest(f'mint_nb.{m}') for m in modules],
@@ -69,7 +71,7 @@ def smoke_key() -> str:
 @pytest.fixture(scope='session')
 def smoke_run(tmp_path_factory):
     "A run of the smoke profile, finished through the Python interface: made once for the code as it is (kept in .make/smoke), a copy for each worker."
-    from mint_nb.core import Run
+    from mint_nb.runs import Run
     from mint_nb.pipeline import run_pipeline
     home, key = ROOT/'.make/smoke', smoke_key()
     home.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,12 @@ import json, subprocess, sys, textwrap
 import pytest
 from typer.testing import CliRunner
 
-from mint_nb.cli import app
 from mint_nb.core import InputError
-from mint_nb.patients import check_splits, load_cases
-from mint_nb.ontology import load_ontology
 from mint_nb.tasks import Case, list_sizes
+from mint_nb.ontology import load_ontology
+from mint_nb.splits import check_splits
+from mint_nb.readers import load_cases
+from mint_nb.cli import app
 
 SEIZURE, FACE = 'HP:0001250', 'HP:0000154'
 
@@ -23,7 +24,7 @@ def packet(id='P1', terms=(SEIZURE, FACE), disease='OMIM:105830', pmid='PMID:1')
 
 
 def run(tmp_path, *args):
-    return CliRunner().invoke(app, ['run', '--profile', 'smoke', '--methods', 'chance', '--out', str(tmp_path/'r'), '--until', '09_cohort', *map(str, args)])
+    return CliRunner().invoke(app, ['run', '--profile', 'smoke', '--methods', 'chance', '--out', str(tmp_path/'r'), '--until', '19_cohort', *map(str, args)])
 
 
 @pytest.mark.parametrize('content,expected', [
@@ -83,7 +84,8 @@ def test_full_disk(tmp_path):
     script = textwrap.dedent(f"""
         import resource
         from mint_nb.cohort import make_cohort
-        from mint_nb.core import InputError, open_run
+        from mint_nb.core import InputError
+        from mint_nb.runs import open_run
         run = open_run({str(tmp_path/'r')!r}, 'smoke')
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
         try: make_cohort(run)

@@ -3,9 +3,10 @@ import shutil
 
 import numpy as np, pytest, torch
 
-from mint_nb.calibrate import TREATMENTS, bin_accuracy, calibration_loss, calibration_targets, published_calibration_loss
+from mint_nb.runs import open_run
 from mint_nb.calibration import MEASURES, calibration_error, conformal_lists, ece_bounds, fit_conformal, list_table
-from mint_nb.core import open_run
+from mint_nb.recalibrate import (
+    TREATMENTS, bin_accuracy, calibration_loss, calibration_targets, published_calibration_loss)
 
 
 def table(seed, n=300, N=6, heat=2.0):
@@ -100,7 +101,7 @@ def test_lists_cover_by_group():
 
 
 def test_grid_goes_on_where_it_was(smoke_run, tmp_path):
-    from mint_nb.confidence import calibrate_run
+    from mint_nb.calibration_study import calibrate_run
     run, grid = open_run(shutil.copytree(smoke_run.path, tmp_path/'run')), {'mint': ('none', 'temperature', 'cft'), 'mint_cal': ('none', 'temperature')}
     first = calibrate_run(run, grid, workers=1)
     stages = {e['stage']: e['time'] for e in run.manifest}
@@ -122,6 +123,6 @@ def test_command_names_a_bad_question(tmp_path):
 
 
 def test_every_treatment_is_explained():
-    from mint_nb.confidence import FITTED
+    from mint_nb.calibration_study import FITTED
     from mint_nb.honest import TREATED
     assert set(TREATED) - {'none', *FITTED} <= set(TREATMENTS)

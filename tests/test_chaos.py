@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mint_nb.core import versions, write_json
+from mint_nb.core import write_json
+from mint_nb.runs import versions
 from mint_nb.pipeline import status
 from test_pipeline import kill, results, start
 

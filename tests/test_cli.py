@@ -6,9 +6,9 @@ import pandas as pd, pytest
 from typer.testing import CliRunner
 
 from conftest import SMOKE_METHODS
-from mint_nb.cli import app
-from mint_nb.core import open_params
 from mint_nb.tasks import read_cases
+from mint_nb.runs import open_params
+from mint_nb.cli import app
 
 BIN = Path(sys.executable).parent
 call = lambda *args: CliRunner().invoke(app, [str(a) for a in args])
@@ -38,7 +38,7 @@ def test_run_again_prints_the_table_and_the_report(smoke_run):
 
 def test_status_and_report(smoke_run):
     shown = call('status', smoke_run.path)
-    assert shown.exit_code == 0 and '39_align-mint-0' in shown.stdout and ' missing' not in shown.stdout
+    assert shown.exit_code == 0 and '49_align-mint-0' in shown.stdout and ' missing' not in shown.stdout
     assert 'top1' in call('report', smoke_run.path).stdout
 
 
@@ -128,11 +128,11 @@ def test_doctor(smoke_run, tmp_path):
 
 def test_real_cases_through_the_command(data, tmp_path):
     cases = Path(shutil.copy(data/'phenopackets.zip', tmp_path))
-    result = call('run', '--cases', cases, '--profile', 'laptop', '--out', tmp_path/'r', '--until', '09_cohort', '--max-cases', 90)
+    result = call('run', '--cases', cases, '--profile', 'laptop', '--out', tmp_path/'r', '--until', '19_cohort', '--max-cases', 90)
     assert result.exit_code == 0, result.output
-    assert '09_cohort                          done' in call('status', tmp_path/'r').stdout
+    assert '19_cohort                          done' in call('status', tmp_path/'r').stdout
     with cases.open('ab') as f: f.write(b'changed')
-    assert '09_cohort                          stale' in call('status', tmp_path/'r').stdout
+    assert '19_cohort                          stale' in call('status', tmp_path/'r').stdout
     params, cases = open_params(tmp_path/'r'), read_cases(tmp_path/'r/cases/cases.parquet')
     assert params.cohort.diseases == 40 and 'naive_bayes_clean' in params.methods
     count = pd.Series([c.split for c in cases]).value_counts()

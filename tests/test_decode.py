@@ -7,10 +7,12 @@ from hypothesis import given, settings, strategies as st
 
 from mint_nb import decode
 from mint_nb.core import InputError
-from mint_nb.decode import NameTrie, StudentRanker, beam_names, clean_name, decode_batch, generate, parse_answer, rankings_from_texts, score_names, shared_prefix
+from mint_nb.tasks import TASKS, Case, Catalogue, Ranker, get_task, normalise
 from mint_nb.metrics import score_cases
 from mint_nb.students import load_student
-from mint_nb.tasks import TASKS, Case, Catalogue, Ranker, get_task, normalise
+from mint_nb.decode import (
+    NameTrie, StudentRanker, beam_names, clean_name, decode_batch, generate, parse_answer, rankings_from_texts,
+    score_names, shared_prefix)
 
 TASK = get_task('disease')
 NAMES = ['Sotos syndrome', 'Coffin-Siris syndrome 1', 'Coffin-Siris syndrome 12', 'Coffin-Siris syndrome 2', "Alzheimer's disease", 'Von Hippel-Lindau syndrome (VHL)',

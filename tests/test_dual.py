@@ -1,13 +1,16 @@
 """The dual encoder: learns from captions, keeps patients apart, survives saving, and says clearly which weights it cannot take."""
 import numpy as np, pytest, torch
 
-from mint_nb.core import InputError, TeacherParams, open_run, read_json, read_table, resolve_params, write_json
-from mint_nb.dual import (DUAL_VIEWS, DualTeacher, TextureRanker, caption_tokenizer, contrastive_loss, embed_texts, embed_tiles, learn_pairs, linear_probe, load_dual, pixels, pretrained_clip, small_clip,
-                          texture_features, tile_benchmark)
-from mint_nb.nuclei import random_tiles, simulate_tile
+from mint_nb.core import InputError, read_json, read_table, write_json
 from mint_nb.tasks import Case, Ranker
-from mint_nb.teachers import cross_fit
+from mint_nb.params import TeacherParams, resolve_params
+from mint_nb.runs import open_run
+from mint_nb.nuclei import random_tiles, simulate_tile
 from mint_nb.tiles import tissue_catalogue
+from mint_nb.teachers import cross_fit
+from mint_nb.dual import (
+    DUAL_VIEWS, DualTeacher, TextureRanker, caption_tokenizer, contrastive_loss, embed_texts, embed_tiles,
+    learn_pairs, linear_probe, load_dual, pixels, pretrained_clip, small_clip, texture_features, tile_benchmark)
 
 TINY = TeacherParams(hidden=32, layers=1, heads=2, patch=8, pretrain=64, pretrain_epochs=2, epochs=2, tune_epochs=2, batch=16, folds=2, view='probe', weight_decay=.05)
 IDS = ['Liver', 'Colon', 'Thyroid', 'Testis']
@@ -159,16 +162,16 @@ def test_profiles_of_the_task():
 
 
 def test_stage_of_a_smoke_run(tmp_path):
-    from mint_nb.cohort import cohort_captions, cohort_cases, cohort_catalogue, make_cohort
+    from mint_nb.cohort import cohort_captions, make_cohort
     from mint_nb.upstream import teacher_rankings, upstream
     run = open_run(tmp_path/'run', 'smoke', {'task': 'tissue'})
     upstream(run, 0)
     assert make_cohort(run)['status'] == 'done' and upstream(run, 0)['seconds'] == upstream(run, 0)['seconds']
-    train, captions = cohort_cases(run, 'train'), cohort_captions(run, 'train')
-    assert set(captions) == {c.id for c in train} and len(cohort_captions(run)) == len(cohort_cases(run))
+    train, captions = run.cases('train'), cohort_captions(run, 'train')
+    assert set(captions) == {c.id for c in train} and len(cohort_captions(run)) == len(run.cases())
     for view in DUAL_VIEWS:
         t = teacher_rankings(run, 0, 'train', view)
-        assert set(t.case_id) == {c.id for c in train} and t.groupby('case_id').size().unique().tolist() == [len(cohort_catalogue(run))]
+        assert set(t.case_id) == {c.id for c in train} and t.groupby('case_id').size().unique().tolist() == [len(run.catalogue)]
         assert set(read_json(run/f'upstream/{view}-0/metrics.json')) == {'train, cross-fitted', 'heldout'}
     assert teacher_rankings(run, 0).equals(read_table(run/'upstream/probe-0/train.parquet'))
     wrong = open_run(tmp_path/'wrong', 'smoke', {'task': 'tissue', 'teacher.view': 'both'})
@@ -176,7 +179,7 @@ def test_stage_of_a_smoke_run(tmp_path):
 
 
 def test_pannuke_through_cohort_and_teacher(tmp_path):
-    from mint_nb.cohort import cohort_cases, make_cohort
+    from mint_nb.cohort import make_cohort
     from mint_nb.upstream import upstream
     from test_tiles import pannuke
     over = {'task': 'tissue', 'cohort': {'source': str(pannuke(tmp_path/'p', 'Fold {k}/images/fold{k}', 12, 48)), 'min_cases': 3, 'train': 12, 'calibration': 4, 'validation': 4, 'test': 8}}
@@ -184,7 +187,7 @@ def test_pannuke_through_cohort_and_teacher(tmp_path):
     upstream(run, 0)
     card = read_json(run/'cases/card.json')
     assert card['patients'] is False and any('names no patients' in w for w in card['warnings']) and not card['simulated']
-    assert {c.split for c in cohort_cases(run)} == {'train', 'calibration', 'validation', 'test'} and make_cohort(run)['status'] == 'done'
+    assert {c.split for c in run.cases()} == {'train', 'calibration', 'validation', 'test'} and make_cohort(run)['status'] == 'done'
 
 
 def test_benchmark_on_real_tiles(data, tmp_path):

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import httpx, pytest
 
-from mint_nb.core import EndpointParams, InputError
+from mint_nb.core import InputError
+from mint_nb.params import EndpointParams
 from mint_nb.dialogue import Dialogues
 from mint_nb.endpoint import EndpointClient, EndpointDialogues, LocalServer, RateLimit
 

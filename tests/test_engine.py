@@ -5,12 +5,15 @@ import pytest, torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, TrainingArguments
 
-from mint_nb.bench import Setting, bench_items, bench_student, differences
-from mint_nb.core import InputError, StudentParams, TrainParams
-from mint_nb.engine import (Engine, Item, PreferenceTrainer, TensorStore, mismatched, reference_logps, separate_logps, train, trainer_settings, trl_rows, trl_trainer)
-from mint_nb.launch import LEAVE, launch_command
-from mint_nb.losses import LOSSES
+from mint_nb.core import InputError
+from mint_nb.params import StudentParams, TrainParams
 from mint_nb.students import Student, add_lora, load_student
+from mint_nb.losses import LOSSES
+from mint_nb.packing import Item
+from mint_nb.engine import Engine, TensorStore, mismatched, reference_logps, separate_logps
+from mint_nb.trainer import PreferenceTrainer, train, trainer_settings, trl_rows, trl_trainer
+from mint_nb.launch import LEAVE, launch_command
+from mint_nb.bench import Setting, bench_items, bench_student, differences
 
 os.environ['TRL_EXPERIMENTAL_SILENCE'] = '1'
 SHORT = Setting(prompt=30, answer=10)
@@ -175,7 +178,8 @@ import json, os, sys, torch
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 from mint_nb.bench import *; from mint_nb.core import TrainParams
-from mint_nb.engine import PreferenceTrainer, SeparateEngine, adapter_digest, save_adapter, trainer_settings, whole
+from mint_nb.engine import SeparateEngine, adapter_digest, whole
+from mint_nb.trainer import PreferenceTrainer, save_adapter, trainer_settings
 from peft import load_peft_weights
 student, items = bench_student(Setting(layers=0), 'tiny'), bench_items(Setting(prompt=20, answer=8, batch=3), 1000)
 params = TrainParams(batch=3, engine='separate')
@@ -240,7 +244,7 @@ def test_doctor_reads_a_dataset_from_disk(smoke_run):
 @pytest.mark.parametrize('method', ['dpo', 'mint'])
 def test_trl_trains_a_method_of_a_run(tmp_path, method):
     from mint_nb.align import align, load_aligned
-    from mint_nb.core import open_run
+    from mint_nb.runs import open_run
     run = open_run(tmp_path/'run', 'smoke', {'train.engine': 'trl', 'train.nll_on': 'trl'})
     assert align(run, method)['status'] == 'done'
     assert sorted(p.name for p in (run/f'align/{method}-0/adapter').iterdir() if p.suffix != '.md') == ['adapter_config.json', 'adapter_model.safetensors']
@@ -249,7 +253,8 @@ def test_trl_trains_a_method_of_a_run(tmp_path, method):
 def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path, monkeypatch):
     import mint_nb.align as module
     from mint_nb import engine
-    from mint_nb.core import Run, file_digest, open_run
+    from mint_nb.core import file_digest
+    from mint_nb.runs import Run, open_run
     run, keep, done = open_run(tmp_path/'run', 'smoke'), module.keep, []
     def dies_at_the_end(model, folder):
         if folder.name == 'adapter' and 'work' not in folder.parts: raise KeyboardInterrupt

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from mint_nb.ontology import load_ontology
-from mint_nb.patients import load_cases
+from mint_nb.readers import load_cases
 from mint_nb.tiles import load_tiles
 
 EXAMPLES = ROOT/'data/examples'

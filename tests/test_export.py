@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest, yaml
 from typer.testing import CliRunner
 
-from mint_nb.cli import app
 from mint_nb.core import InputError, read_json
 from mint_nb.export import FORMATS, export_student, push
+from mint_nb.cli import app
 
 call = lambda *args: CliRunner().invoke(app, [str(a) for a in args])
 
@@ -16,7 +16,7 @@ call = lambda *args: CliRunner().invoke(app, [str(a) for a in args])
 def trained(smoke_run, tmp_path_factory):
     "The smoke run, its adapter enlarged: a dozen updates of a random student leave almost nothing to compare, and its ten likeliest tokens lie closer together than half precision resolves."
     from safetensors.torch import load_file, save_file
-    from mint_nb.core import Run
+    from mint_nb.runs import Run
     copy = tmp_path_factory.mktemp('export')/'run'
     shutil.copytree(smoke_run.path, copy)
     file = copy/'align/mint-0/adapter/adapter_model.safetensors'
@@ -53,7 +53,7 @@ def test_an_export_that_equals_the_base_is_refused(trained, tmp_path, format, mo
 
 def test_an_adapter_that_changes_nothing_is_refused(trained, tmp_path):
     from safetensors.torch import load_file, save_file
-    from mint_nb.core import Run
+    from mint_nb.runs import Run
     shutil.copytree(trained.path, tmp_path/'run')
     file = tmp_path/'run/align/mint-0/adapter/adapter_model.safetensors'
     save_file({k: v*(0. if 'lora_B' in k else 1.) for k, v in load_file(file).items()}, file, metadata={'format': 'pt'})

@@ -8,12 +8,13 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest
 
 from mint_nb import core
-from mint_nb.align import align
-from mint_nb.cohort import cohort_cases, make_cohort
-from mint_nb.core import InputError, Run, file_digest, open_params, open_run, read_table, run_stage, stage_done, write_json
-from mint_nb.pipeline import NotebookFailed, run_notebook, status
-from mint_nb.predict import predict_method
+from mint_nb.core import InputError, file_digest, read_table, write_json
+from mint_nb.runs import Run, open_params, open_run, run_stage, stage_done
+from mint_nb.cohort import make_cohort
 from mint_nb.preferences import preferences
+from mint_nb.align import align
+from mint_nb.predict import predict_method
+from mint_nb.pipeline import NotebookFailed, run_notebook, status
 
 BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parent.parent
 SEARCH = {'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])}
@@ -21,7 +22,7 @@ SEARCH = {'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, [os.environ.ge
 
 def cohort_command(out: Path, **kw) -> subprocess.Popen:
     "`mint-nb run` up to the cohort."
-    return subprocess.Popen([str(BIN/'mint-nb'), 'run', '--profile', 'smoke', '--methods', 'chance', '--until', '09_cohort', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen([str(BIN/'mint-nb'), 'run', '--profile', 'smoke', '--methods', 'chance', '--until', '19_cohort', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
 def small_stage(run: Run, calls: list, text: str = 'x') -> dict:
@@ -43,7 +44,7 @@ def test_full_disk_through_the_command(tmp_path):
     assert full.returncode in (1, 2) and 'Traceback' not in err and 'File too large' in err, err
     assert not stage_done(Run(out, open_params(out)), 'cohort') and not list(out.rglob('*.tmp'))
     entry = make_cohort(Run(out, open_params(out)))
-    assert entry['status'] == 'done' and len(cohort_cases(Run(out, open_params(out)))) == 56
+    assert entry['status'] == 'done' and len(Run(out, open_params(out)).cases()) == 56
 
 
 def test_a_full_disk_fails_a_stage_and_loses_no_earlier_one(tmp_path):
@@ -52,7 +53,8 @@ def test_a_full_disk_fails_a_stage_and_loses_no_earlier_one(tmp_path):
     before = (run/'manifest.jsonl').read_text()
     script = textwrap.dedent(f"""
         import resource
-        from mint_nb.core import InputError, open_run, run_stage, write_json
+        from mint_nb.core import InputError, write_json
+        from mint_nb.runs import open_run, run_stage
         run = open_run({str(run.path)!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try: run_stage(run, 'big', lambda: write_json(run/'big.json', ['x'*50]*50), 'mint_nb.core', writes=['big.json'])
@@ -100,14 +102,15 @@ def test_two_commands_in_one_folder(tmp_path):
     assert [p.returncode for p in both] == [0, 0], ends
     run = Run(tmp_path/'r', open_params(tmp_path/'r'))
     assert [e['status'] for e in run.manifest if e['stage'] == 'cohort'] == ['done'] and stage_done(run, 'cohort')
-    nbformat.validate(nbformat.read(run/'notebooks/09_cohort.ipynb', 4))
+    nbformat.validate(nbformat.read(run/'notebooks/19_cohort.ipynb', 4))
     assert not list(run.path.rglob('*.tmp'))
 
 
 def test_a_stage_runs_once_for_four_that_want_it(tmp_path):
     script = textwrap.dedent(f"""
         import sys, time
-        from mint_nb.core import open_run, run_stage, write_json
+        from mint_nb.core import write_json
+        from mint_nb.runs import open_run, run_stage
         run = open_run({str(tmp_path/'r')!r}, 'smoke')
         def body(): time.sleep(.3); open({str(tmp_path/'calls')!r}, 'a').write('x'); write_json(run/'small.json', 1)
         print(run_stage(run, 'small', body, 'mint_nb.core', writes=['small.json'])['key'])

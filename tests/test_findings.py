@@ -1,12 +1,13 @@
-"12_findings: extraction never crashes, gives valid terms, and brings back what the note writer wrote."
+"14_findings: extraction never crashes, gives valid terms, and brings back what the note writer wrote."
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mint_nb.core import CohortParams
-from mint_nb.findings import Extractor, age_of, extraction_scores, negated, sex_of, with_extracted
-from mint_nb.ontology import load_ontology
-from mint_nb.patients import describe, is_phenotype, listing, phrase, simulate_cohort
 from mint_nb.tasks import Case, Finding
+from mint_nb.params import CohortParams
+from mint_nb.ontology import load_ontology
+from mint_nb.notes import describe, listing, phrase
+from mint_nb.patients import is_phenotype, simulate_cohort
+from mint_nb.findings import Extractor, age_of, extraction_scores, negated, sex_of, with_extracted
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,8 @@ import numpy as np, pandas as pd
 from PIL import Image
 from typer.testing import CliRunner
 
-from mint_nb.cli import app
 from mint_nb.folds import run_folds
+from mint_nb.cli import app
 
 ORGANS = ('liver', 'kidney', 'colon', 'bladder')
 

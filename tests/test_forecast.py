@@ -7,9 +7,12 @@ from typer.testing import CliRunner
 
 from conftest import ROOT, SMOKE_METHODS
 from mint_nb import forecast as fc
+from mint_nb.core import read_json, read_table
+from mint_nb.params import resolve_params
+from mint_nb.runs import Run, open_run
+from mint_nb.pipeline import (
+    ALIGNED, Step, Watch, learnt_before, plan, run_pipeline, unfinished, wall_seconds, work_seconds)
 from mint_nb.cli import app
-from mint_nb.core import Run, open_run, read_json, read_table, resolve_params
-from mint_nb.pipeline import ALIGNED, Step, Watch, learnt_before, plan, run_pipeline, unfinished, wall_seconds, work_seconds
 
 LAPTOP, SMOKE = resolve_params('laptop'), resolve_params('smoke')
 TABLE = ('chance', 'teacher', 'naive_bayes', 'linear')     # rows of the smoke run that need no language model
@@ -35,7 +38,7 @@ def test_methods_and_lessons_are_those_of_the_stages():
 @pytest.mark.parametrize('profile,method', [('laptop', 'mint'), ('laptop', 'sft'), ('smoke', 'mint')])
 def test_tokens_are_those_that_the_engine_packs(ontology_cases, profile, method):
     "Simulated patients, the student's own tokenizer, random lists: within a tenth of what is said."
-    from mint_nb.engine import Item, lay_out
+    from mint_nb.packing import Item, lay_out
     from mint_nb.students import load_student
     from mint_nb.tasks import get_task
     p = resolve_params(profile)
@@ -74,7 +77,7 @@ def test_work_by_hand():
     assert fc.write_work(LAPTOP, 'base')['write'] == pytest.approx(96*160*(w.lower + w.upper + w.head))
     assert fc.train_work(resolve_params('laptop', {'student.lora_layers': 0}), 'sft')['train'] > sft['train']
     mine = resolve_params('laptop', {'predict.constrained': ['mint']})
-    row = lambda m: Step('49_predict', f'predict/{m}-0', {'method': m, 'seed': 0})
+    row = lambda m: Step('59_predict', f'predict/{m}-0', {'method': m, 'seed': 0})
     assert fc.work_of(row('mint'), mine)['write'] == pytest.approx(2*fc.work_of(row('mint'), LAPTOP)['write'])
 
 
@@ -119,7 +122,7 @@ def test_corrections_by_hand():
 
 
 def toy(seconds: float = 90.) -> tuple[list[Step], fc.Forecast]:
-    steps = [Step('39_align', f'align/{m}-0', {'method': m, 'seed': 0}) for m in ('sft', 'mint')]
+    steps = [Step('49_align', f'align/{m}-0', {'method': m, 'seed': 0}) for m in ('sft', 'mint')]
     return steps, fc.Forecast(steps, {s.stage: fc.Part('align', 10., seconds) for s in steps}, 1)
 
 
@@ -133,7 +136,7 @@ def test_a_line_at_least_every_half_minute(tmp_path):
         if t in (0, 100): watch.began[steps[t//100].stage] = now[0]
         watch.tick()
     assert [t for t, _ in lines] == [30, 60, 90, 100, 130, 160, 190]
-    assert '39_align-sft-0 for 30 s; about 3 min left' in lines[0][1] and 'about 70 s left' in lines[4][1]
+    assert '49_align-sft-0 for 30 s; about 3 min left' in lines[0][1] and 'about 70 s left' in lines[4][1]
 
 
 def test_lines_reach_a_pipe_at_once():
@@ -152,7 +155,7 @@ def test_rows_without_a_model_come_first():
 
 
 def test_until_still_stops_before_the_answers(tmp_path):
-    run = run_pipeline(tmp_path/'r', 'smoke', {'methods': ['chance', 'mint']}, until='19_upstream', quiet=True, say=lambda line: None)
+    run = run_pipeline(tmp_path/'r', 'smoke', {'methods': ['chance', 'mint']}, until='29_upstream', quiet=True, say=lambda line: None)
     assert (run/'upstream/both-0/heldout.parquet').exists() and not (run/'predictions').exists()
 
 
@@ -170,7 +173,7 @@ def test_the_table_grows(small_run):
     run, lines = small_run
     tables = [t for t in lines if t.startswith('rows so far')]
     assert len(tables) == 1 and 'still to come: base in about' in tables[0]
-    assert lines.index(tables[0]) < next(i for i, t in enumerate(lines) if '49_predict-base-0' in t and '/6]' in t)
+    assert lines.index(tables[0]) < next(i for i, t in enumerate(lines) if '59_predict-base-0' in t and '/6]' in t)
     final = read_table(run/'analysis/table.parquet').set_index(['method', 'metric'])
     for m in ('chance', 'teacher'):
         said = next(t.split() for t in tables[0].splitlines() if t.split()[0] == m)
@@ -186,7 +189,7 @@ def test_what_was_said_and_what_it_took_are_kept(small_run):
     assert all(wall_seconds(run, s) > work_seconds(run, s) >= 0 for s in steps)
     assert learnt_before(run.params)      # the digest is the one that the teacher's stage makes
     done = subprocess.run([sys.executable, str(ROOT/'tools/forecast.py'), str(run.path)], capture_output=True, text=True)
-    assert done.returncode == 0 and '49_predict-base-0' in done.stdout and 'MEASURED = {' in done.stdout, done.stderr
+    assert done.returncode == 0 and '59_predict-base-0' in done.stdout and 'MEASURED = {' in done.stdout, done.stderr
 
 
 def test_report_of_an_unfinished_run(small_run, tmp_path):
@@ -195,7 +198,7 @@ def test_report_of_an_unfinished_run(small_run, tmp_path):
     shutil.rmtree(run/'analysis'); (run/'predictions/base-0.parquet').unlink()
     shown = CliRunner().invoke(app, ['report', str(run.path)])
     assert shown.exit_code == 0 and '2 of 6 steps are missing' in shown.output, shown.output
-    assert 'teacher' in shown.output and '49_predict-base-0 (would run again), 59_analysis (would run again)' in shown.output
+    assert 'teacher' in shown.output and '59_predict-base-0 (would run again), 69_analysis (would run again)' in shown.output
     assert CliRunner().invoke(app, ['report', str(run.path), '--csv', str(tmp_path/'x.csv')]).exit_code == 2
     fresh = open_run(tmp_path/'new', 'smoke')
     assert 'no row is ready yet' in unfinished(fresh) and CliRunner().invoke(app, ['report', str(fresh.path)]).exit_code == 0
@@ -217,8 +220,8 @@ def test_the_calibration_writes_its_cell_and_nothing_else(tmp_path, monkeypatch)
     import importlib.util
     spec = importlib.util.spec_from_file_location('forecast_tool', ROOT/'tools/forecast.py')
     tool = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)
-    file = tmp_path/'58_forecast.ipynb'
-    before = (ROOT/'nbs/58_forecast.ipynb').read_text()
+    file = tmp_path/'71_forecast.ipynb'
+    before = (ROOT/'nbs/71_forecast.ipynb').read_text()
     file.write_text(before)
     monkeypatch.setattr(tool, 'nbs_folder', lambda: Path(tmp_path))
     tool.write_cell(tool.cell_of({'align': fc.Cost(1.5, .25, .5)}, 'from a test'))

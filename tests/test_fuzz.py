@@ -12,20 +12,24 @@ import numpy as np, pandas as pd, pytest, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from mint_nb.calibrate import read_questions
-from mint_nb.cli import comma_list, parse_sets
-from mint_nb.core import InputError, Params, Run, open_params, open_run, resolve_params, stage_done, versions, write_json
-from mint_nb.decode import parse_answer
-from mint_nb.endpoint import TryAgain, read_reply
-from mint_nb.findings import read_findings_text
-from mint_nb.grid import Grid, read_grid
-from mint_nb.images import load_image
-from mint_nb.matching import gene_catalogue, gene_names
-from mint_nb.ontology import Ontology, load_ontology, parse_genes, parse_hpoa, parse_obo
-from mint_nb.patients import add_note, age_in_years, check_splits, load_cases, use_embeddings
-from mint_nb.predict import read_texts
+from mint_nb.core import InputError, write_json
 from mint_nb.tasks import TASKS, Case, Catalogue, Finding, Resolved, normalise, read_cases, write_cases
+from mint_nb.params import Params, resolve_params
+from mint_nb.runs import Run, open_params, open_run, stage_done, versions
+from mint_nb.ontology import Ontology, load_ontology, parse_genes, parse_hpoa, parse_obo
+from mint_nb.notes import add_note
+from mint_nb.splits import check_splits
+from mint_nb.readers import age_in_years, load_cases, use_embeddings
+from mint_nb.findings import read_findings_text
+from mint_nb.portraits import load_image
 from mint_nb.tiles import MORPHOLOGY, load_tiles, open_tile
+from mint_nb.decode import parse_answer
+from mint_nb.baselines import gene_catalogue, gene_names
+from mint_nb.endpoint import TryAgain, read_reply
+from mint_nb.predict import read_texts
+from mint_nb.grid import Grid, read_grid
+from mint_nb.recalibrate import read_questions
+from mint_nb.cli import comma_list, parse_sets
 
 N = int(os.environ.get('MINT_FUZZ', 300))
 RECORD = os.environ.get('MINT_FUZZ_RECORD')      # a file for the counts, as `make fuzz` sets it

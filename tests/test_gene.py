@@ -4,18 +4,19 @@ from collections import Counter
 
 import numpy as np, pandas as pd, pytest
 
-from mint_nb.analysis import analysis
-from mint_nb.cohort import cohort_cases, cohort_catalogue, make_cohort
-from mint_nb.core import InputError, open_run, read_json, read_table
-from mint_nb.decode import rankings_from_texts
-from mint_nb.deliver import run_answers
-from mint_nb.matching import (GeneCatalogue, LinearRanker, NaiveBayesRanker, catalogue_of, diseases_of_genes, gene_catalogue, gene_id, gene_names, genes_from_diseases,
-                              genes_of_disease)
+from mint_nb.core import InputError, read_json, read_table
+from mint_nb.tasks import Case, Catalogue, Finding, get_task
+from mint_nb.runs import open_run
 from mint_nb.metrics import score_cases
 from mint_nb.ontology import load_ontology
-from mint_nb.patients import answer_table, load_cases
-from mint_nb.predict import predict_cases
-from mint_nb.tasks import Case, Catalogue, Finding, get_task
+from mint_nb.readers import answer_table, load_cases
+from mint_nb.cohort import make_cohort
+from mint_nb.decode import rankings_from_texts
+from mint_nb.baselines import (
+    run_answers, GeneCatalogue, LinearRanker, NaiveBayesRanker, catalogue_of, diseases_of_genes, gene_catalogue,
+    gene_id, gene_names, genes_from_diseases, genes_of_disease)
+from mint_nb.outputs import predict_cases
+from mint_nb.analysis import analysis
 
 GENES = {'UBE3A': 'OMIM:105830', 'FGFR3': 'OMIM:187600', 'ARID1B': 'OMIM:135900', 'NSD1': 'OMIM:117550', 'FBN1': 'OMIM:154700'}
 
@@ -107,7 +108,7 @@ def test_genes_of_a_ranking_of_diseases(ontology):
 # --- a run
 
 def test_a_gene_run_ends_with_a_report(run):
-    catalogue, cases = cohort_catalogue(run), cohort_cases(run, 'test')
+    catalogue, cases = run.catalogue, run.cases('test')
     assert all(c.labels['gene'] in catalogue for c in cases)
     t = read_table(run/'analysis/table.parquet')
     assert set(t.method) == {'chance', 'naive_bayes', 'linear', 'base', 'base_constrained'} and set(t.task) == {'gene'}
@@ -132,7 +133,7 @@ def test_new_notes_are_answered_with_genes(run, note_file, tmp_path):
     assert not predict_cases(run, note_file, tmp_path/'out', 'base_constrained')
     t = pd.read_csv(tmp_path/'out/predictions.tsv', sep='\t', comment='#')
     assert t.columns.tolist() == ['case_id', 'rank', 'gene_id', 'gene_name', 'score'] and t.case_id.nunique() == 30
-    assert t.gene_id.str.match(r'NCBIGene:\d+$').all() and set(t.gene_name) <= set(cohort_catalogue(run).ids)
+    assert t.gene_id.str.match(r'NCBIGene:\d+$').all() and set(t.gene_name) <= set(run.catalogue.ids)
     record = json.loads((tmp_path/'out/predictions.jsonl').read_text().splitlines()[0])
     assert record['note'].startswith('Patient 0') and all(a['disease_id'].startswith('OMIM:') for a in record['answers'])
     one = pd.read_parquet(next((tmp_path/'out/pheval').glob('*.parquet')))
@@ -153,7 +154,7 @@ def test_a_cohort_of_notes(task, note_file, tmp_path, ontology):
     "Notes stay as they are, the portrait is neutral, families do not cross splits; what reads findings says that there are none."
     run = open_run(tmp_path/'r', 'smoke', {'task': task, 'cohort.source': str(note_file), **SIZES})
     make_cohort(run)
-    cases, catalogue, card = cohort_cases(run), cohort_catalogue(run), read_json(run/'cases/card.json')
+    cases, catalogue, card = run.cases(), run.catalogue, read_json(run/'cases/card.json')
     assert card['read'] == 30 and not card['problems'] and set(catalogue.ids) == set(GENES if task == 'gene' else GENES.values())
     assert {c.note for c in cases} <= {r['note'] for r in notes()} and not any(c.phenotypes for c in cases) and {c.sex for c in cases} == {'female'}
     assert all((run/'cases'/c.image).exists() for c in cases) and len({(c.group, c.split) for c in cases}) == len({c.group for c in cases})

@@ -18,7 +18,7 @@ def test_block_mask_gives_the_loss_and_gradient_of_separate_rows(half):
     from mint_nb.bench import SeparateRows, gradient
     from mint_nb.engine import Engine
     from mint_nb.bench import Setting, bench_student
-    from mint_nb.gpucheck import Batch, batch_items
+    from mint_nb.gpu_check import Batch, batch_items
     s = bench_student(Setting(), 'small', dtype=torch.bfloat16 if half else torch.float32)
     items, found = batch_items(Batch(3, 70, 20, 33), 300), []
     for kind in (Engine, SeparateRows):
@@ -33,7 +33,7 @@ def test_block_mask_gives_the_loss_and_gradient_of_separate_rows(half):
 def test_compiled_layers_give_the_same_at_every_length():
     from mint_nb.bench import Setting, bench_student, gradient
     from mint_nb.engine import Engine
-    from mint_nb.gpucheck import Batch, batch_items
+    from mint_nb.gpu_check import Batch, batch_items
     s = bench_student(Setting(), 'small', dtype=torch.float32)
     plain, compiled = Engine(s), Engine(s, compiled=True)
     for n, b in enumerate((Batch(3, 70, 20, 33), Batch(2, 5, 3, 4), Batch(6, 200, 40, 60), Batch(3, 70, 20, 33))):      # the last has other tokens in the lengths of the first
@@ -48,10 +48,10 @@ def test_compiled_layers_give_the_same_at_every_length():
 
 @cuda
 def test_training_learns(tmp_path):
-    from mint_nb.core import TrainParams
-    from mint_nb.engine import train
+    from mint_nb.params import TrainParams
+    from mint_nb.trainer import train
     from mint_nb.bench import Setting, bench_student
-    from mint_nb.gpucheck import Batch, batch_items
+    from mint_nb.gpu_check import Batch, batch_items
     log = train(bench_student(Setting(), 'small'), batch_items(Batch(4, 40, 10, 12), 300), 'orpo', TrainParams(batch=4, lr=1e-2), tmp_path, 30)
     assert log[-1]['loss'] < .9*log[0]['loss'] and log[-1]['chosen_logp'] > log[-1]['rejected_logp'] + 1 and abs(log[0]['chosen_logp'] - log[0]['rejected_logp']) < .1
 
@@ -78,7 +78,7 @@ def test_without_cuda_one_line_and_exit_code_2(command):
 
 
 def test_the_committed_page_is_made_from_the_committed_figures(tmp_path):
-    from mint_nb.gpucheck import write_page
+    from mint_nb.gpu_check import write_page
     if (ROOT/'benchmarks/gpu.json').exists(): (tmp_path/'gpu.json').write_bytes((ROOT/'benchmarks/gpu.json').read_bytes())
     assert write_page(tmp_path).read_text() == (ROOT/'benchmarks/gpu.md').read_text(), 'mint-nb gpu-check --page writes it'
 
@@ -94,7 +94,7 @@ class Gone(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Gone())
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name in GONE else real(name, *a)
-from mint_nb.gpucheck import Batch, gpu_check
+from mint_nb.gpu_check import Batch, gpu_check
 page = gpu_check(sys.argv[1], ['step', 'memory', 'run'], 'small', Batch(2, 24, 6, 9), 1, rehearse=True)
 assert not set(GONE) & set(sys.modules), set(GONE) & set(sys.modules)
 print(page.read_text())
@@ -109,14 +109,14 @@ print(page.read_text())
 
 @carried
 def test_rehearsed_run_ends_in_the_table(tmp_path):
-    from mint_nb.gpucheck import gpu_check
+    from mint_nb.gpu_check import gpu_check
     page = gpu_check(tmp_path/'out', ['run'], rehearse=True).read_text()
     assert '6 of 6 jobs done' in page and '| mint | top1 |' in page and '| chance | top1 |' in page
 
 
 @carried
 def test_an_interrupted_run_shows_what_is_finished(tmp_path):
-    from mint_nb.gpucheck import measure_run
+    from mint_nb.gpu_check import measure_run
     found = measure_run(tmp_path/'run', limit=1., small=True)
     assert found['run']['done'] < found['run']['jobs'] and 'table' not in found['run']
 

@@ -4,8 +4,9 @@ import numpy as np, pytest
 from PIL import Image
 
 from mint_nb.core import InputError
-from mint_nb.images import DRAWN, LANDMARKS, disease_gestalt, draw_face, draw_portrait, drawn_terms, face, load_image, patient_gestalt
 from mint_nb.ontology import load_ontology
+from mint_nb.portraits import (
+    DRAWN, LANDMARKS, disease_gestalt, draw_face, draw_portrait, drawn_terms, face, load_image, patient_gestalt)
 
 
 @pytest.fixture(scope='module')

@@ -4,8 +4,9 @@ import shutil
 import pytest, yaml
 from safetensors.torch import load_file
 
+from mint_nb.core import InputError, read_json, read_table
+from mint_nb.runs import Run, open_params
 from mint_nb.align import align
-from mint_nb.core import InputError, Run, open_params, read_json, read_table
 
 
 def copied(run, to, **train) -> Run:

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np, pytest
 
-from mint_nb.core import CohortParams, InputError
-from mint_nb.matching import (LinearRanker, NaiveBayesRanker, ResnikRanker, answer_diseases, background_frequencies, catalogue_of, close_upwards,
-                              finding_matrix)
-from mint_nb.ontology import load_ontology
-from mint_nb.patients import load_phenopackets, simulate_cohort
+from mint_nb.core import InputError
 from mint_nb.tasks import Case, Catalogue, Finding, Ranker, normalise
+from mint_nb.params import CohortParams
+from mint_nb.ontology import load_ontology
+from mint_nb.patients import simulate_cohort
+from mint_nb.readers import load_phenopackets
+from mint_nb.baselines import (
+    LinearRanker, NaiveBayesRanker, ResnikRanker, answer_diseases, background_frequencies, catalogue_of,
+    close_upwards, finding_matrix)
 
 ROOT = Path(__file__).parent.parent
 

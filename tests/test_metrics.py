@@ -3,9 +3,10 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
 from mint_nb.core import InputError
-from mint_nb.metrics import (METRICS, agreement, brier, conf_ece, cw_ece, grouped_bootstrap, listed_answers, nll, paired_differences,
-                             score_cases, score_ids, score_reference, summarise, teacher_ends)
 from mint_nb.tasks import Case, Catalogue, ChanceRanker, make_rankings
+from mint_nb.metrics import (
+    METRICS, agreement, brier, conf_ece, cw_ece, grouped_bootstrap, listed_answers, nll, paired_differences,
+    score_cases, score_ids, score_reference, summarise, teacher_ends)
 
 CAT = Catalogue({f'OMIM:{i}': f'disease number {i}' for i in range(100000, 100012)})
 CASES = [Case(f'P{i}', labels={'disease': CAT.ids[i % 12]}, group=f'PMID:{i//2}') for i in range(40)]

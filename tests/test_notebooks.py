@@ -1,5 +1,5 @@
 """The notebooks as source: in order, clean, in sync with the modules, small cells, enough prose."""
-import ast, builtins, dis, filecmp, functools, importlib, re, shutil, statistics, subprocess, sys
+import ast, builtins, dis, filecmp, functools, importlib, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, yaml
@@ -111,7 +111,7 @@ def test_stage_parameters(path):
     tagged = [i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', [])]
     assert len(tagged) == 1, 'exactly one cell has the tag parameters'
     names = {t.id for n in ast.parse(cells[tagged[0]].source).body for t in n.targets}
-    assert names == {'run', 'profile', 'task', 'seed', 'overrides'} | ({'method'} if path.stem in ('39_align', '49_predict') else set())
+    assert names == {'run', 'profile', 'task', 'seed', 'overrides'} | ({'method'} if path.stem in ('49_align', '59_predict') else set())
     after = '\n'.join(c.source for c in cells[tagged[0] + 1:tagged[0] + 3])
     assert 'stage_run(globals())' in after, 'the parameters are not checked'
 
@@ -124,10 +124,11 @@ def test_stage_is_short(path):
 
 
 def test_export_cells_are_small():
-    sizes = {(p.stem, i): len(code(c).splitlines()) for p in NBS for i, c in enumerate(code_cells(read(p))) if EXPORT.search(c.source)}
-    assert not {k: n for k, n in sizes.items() if n > 25}
-    ordered = sorted(sizes.values())
-    assert statistics.median(ordered) <= 12 and ordered[int(.9*len(ordered))] <= 22
+    "Measured in characters, so that nothing is gained by writing two statements on a line."
+    size = lambda c: sum(map(len, code(c).splitlines()))
+    sizes = {(p.stem, i): size(c) for p in NBS for i, c in enumerate(code_cells(read(p))) if EXPORT.search(c.source)}
+    assert not {k: n for k, n in sizes.items() if n > 2800}
+    assert sorted(sizes.values())[int(.9*len(sizes))] <= 1600
 
 
 def test_prose_outweighs_code():

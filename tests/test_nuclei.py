@@ -4,8 +4,10 @@ import re
 import numpy as np, pytest
 from PIL import Image
 
-from mint_nb.nuclei import (ARCHITECTURES, FIELD, LAYOUTS, MORPHOLOGY, TISSUES, Seen, caption_words, case_seed, contact_sheet, describe_tile, lay_out, measure_tile, patient_section,
-                            random_tiles, scatter, seen_in, simulate_tile, tissue_texts, write_caption)
+from mint_nb.nuclei import (
+    ARCHITECTURES, FIELD, LAYOUTS, MORPHOLOGY, TISSUES, Seen, caption_words, case_seed, contact_sheet, describe_tile,
+    lay_out, measure_tile, patient_section, random_tiles, scatter, seen_in, simulate_tile, tissue_texts,
+    write_caption)
 from mint_nb.tiles import READABLE, SPELLINGS
 
 NAMES = {w for t in MORPHOLOGY for name in (t, READABLE.get(t, t), *SPELLINGS.get(t, ())) for w in re.findall(r'[a-z]+', name.lower())}

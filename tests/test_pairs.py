@@ -2,9 +2,12 @@
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 
-from mint_nb.core import InputError, PairParams
-from mint_nb.pairs import apply_gold, case_orders, checks, cut_lists, first_difference, leaked_names, length_bias, make_pairs, pair_summary, refuse, shuffle_orders
+from mint_nb.core import InputError
 from mint_nb.tasks import Case, Catalogue, get_task, rankings_from_scores
+from mint_nb.params import PairParams
+from mint_nb.pairs import (
+    apply_gold, case_orders, checks, cut_lists, first_difference, leaked_names, length_bias, make_pairs,
+    pair_summary, refuse, shuffle_orders)
 
 TASK = get_task('disease')
 

@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 
-from mint_nb.cohort import cohort_cases, cohort_catalogue, make_cohort
-from mint_nb.core import CohortParams, InputError, open_run, read_json
-from mint_nb.ontology import load_ontology
-from mint_nb.patients import (FRAMES, InputWarning, SHARES, add_note, check_splits, describe_cohort, documents, file_name, hide_labels, load_cases, load_gmdb, load_phenopackets, phrase,
-                              simulate_cohort, split_by_group)
+from mint_nb.core import InputError, read_json
 from mint_nb.tasks import Case, normalise
+from mint_nb.params import CohortParams
+from mint_nb.runs import open_run
+from mint_nb.ontology import load_ontology
+from mint_nb.notes import FRAMES, add_note, phrase
+from mint_nb.splits import SHARES, check_splits, split_by_group
+from mint_nb.patients import hide_labels, simulate_cohort
+from mint_nb.readers import (
+    InputWarning, describe_cohort, documents, file_name, load_cases, load_gmdb, load_phenopackets)
+from mint_nb.cohort import make_cohort
 
 ROOT = Path(__file__).parent.parent
 
@@ -220,7 +225,7 @@ def small_real(tmp_path, name='r', n=5, **over):
 def test_real_cohort(tmp_path, ontology):
     run = small_real(tmp_path)
     make_cohort(run)
-    cases, catalogue, card = cohort_cases(run), cohort_catalogue(run), read_json(run/'cases/card.json')
+    cases, catalogue, card = run.cases(), run.catalogue, read_json(run/'cases/card.json')
     check_splits(cases)
     assert len(catalogue) == 5 and card['simulated'] is False and card['read'] == 30 and 'from' in describe_cohort(card)
     assert all((run/'cases'/c.image).exists() for c in cases) and len({c.image for c in cases}) == len(cases)
@@ -231,7 +236,7 @@ def test_test_cases_from_another_source_leave_training(tmp_path):
     other = write(tmp_path, 'notes.jsonl', '\n'.join(map(json.dumps, notes)))
     run = small_real(tmp_path, **{'cohort.test_source': str(other), 'cohort.test': 0, 'cohort.train': 12})
     make_cohort(run)
-    by = {s: [c for c in cohort_cases(run) if c.split == s] for s in ('train', 'validation', 'test')}
+    by = {s: [c for c in run.cases() if c.split == s] for s in ('train', 'validation', 'test')}
     assert sorted(c.id for c in by['test']) == ['N0', 'N1', 'N2'] and by['train'] and by['validation']     # 7 is no answer of this cohort
     assert not {c.group for c in by['test']} & {c.group for c in by['train'] + by['validation']}
     with pytest.raises(InputError, match='cohort.test_source'): make_cohort(small_real(tmp_path, 'r2', **{'cohort.test_source': str(tmp_path/'absent.jsonl')}))
@@ -261,16 +266,16 @@ def test_source_with_nothing_usable(tmp_path):
 
 def test_labels_share_and_gene_task(tmp_path):
     run = open_run(tmp_path/'g', 'smoke', {'task': 'gene', 'cohort.label_share': .5}); make_cohort(run)
-    train = cohort_cases(run, 'train')
+    train = run.cases('train')
     assert sum(not c.labels for c in train) == 12 == len(read_json(run/'cases/hidden_labels.json'))
-    assert {c.labels['gene'] for c in train if c.labels} <= set(cohort_catalogue(run).ids) and len(cohort_catalogue(run)) == 8
+    assert {c.labels['gene'] for c in train if c.labels} <= set(run.catalogue.ids) and len(run.catalogue) == 8
 
 def test_embeddings_by_path(tmp_path):
     ids = [p['id'] for p in packets_of(5)]
     table = pd.DataFrame(np.arange(len(ids)*12).reshape(-1, 12), columns=[f'e{i}' for i in range(12)]).assign(case_id=ids)
     table.iloc[1:].to_parquet(tmp_path/'e.parquet')
     run = small_real(tmp_path, **{'cohort.embeddings': str(tmp_path/'e.parquet'), 'cohort.train': 20}); make_cohort(run)
-    cases = cohort_cases(run)
+    cases = run.cases()
     c = next(c for c in cases if c.image)
     assert (np.load(run/'cases'/c.image) == np.arange(12) + 12*ids.index(c.id)).all()
     assert all((c.image is None) == (c.id == ids[0]) for c in cases)
@@ -295,6 +300,6 @@ def test_published_cases(ontology, tmp_path):
         assert len(c.phenotypes) == len(next(x for x in cases if x.id == c.id).phenotypes)
     run = open_run(tmp_path/'r', 'laptop', {'cohort.source': str(store), 'cohort.diseases': 40, 'cohort.train': 400, 'cohort.test': 200})
     make_cohort(run)
-    made = cohort_cases(run); check_splits(made)
+    made = run.cases(); check_splits(made)
     assert Counter(c.split for c in made) == {'train': 400, 'calibration': 24, 'validation': 24, 'test': 200}
     assert len({c.labels['disease'] for c in made if c.split == 'test'}) >= 35

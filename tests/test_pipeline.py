@@ -8,7 +8,8 @@ from papermill.cli import papermill as papermill_command
 from papermill.engines import NBClientEngine, papermill_engines
 
 from conftest import ROOT, SMOKE_METHODS
-from mint_nb.core import open_params, read_table
+from mint_nb.core import read_table
+from mint_nb.runs import open_params
 from mint_nb.kernels import kernels_of, warm_manager
 from mint_nb.pipeline import ALIGNED, NotebookFailed, Step, plan, run_group, run_pipeline, status
 
@@ -84,43 +85,43 @@ def test_changed_training_reruns_only_what_follows(smoke_run, tmp_path):
     params['train']['lr'] = 5e-4
     (run/'params.yaml').write_text(yaml.safe_dump(params))
     states = status(run).set_index('step').state
-    assert (states[['09_cohort', '19_upstream-0', '29_preferences-0', '49_predict-linear-0']] == 'done').all()
-    assert (states[['39_align-sft-0', '39_align-mint-0']] == 'stale').all()
+    assert (states[['19_cohort', '29_upstream-0', '39_preferences-0', '59_predict-linear-0']] == 'done').all()
+    assert (states[['49_align-sft-0', '49_align-mint-0']] == 'stale').all()
 
 
 def test_damaged_output_is_noticed(smoke_run, tmp_path):
     run = shutil.copytree(smoke_run.path, tmp_path/'copy')
     (run/'predictions/linear-0.parquet').write_bytes(b'cut')
     states = status(run).set_index('step').state
-    assert states['49_predict-linear-0'] == 'stale' and states['49_predict-chance-0'] == 'done'
+    assert states['59_predict-linear-0'] == 'stale' and states['59_predict-chance-0'] == 'done'
 
 
-@pytest.mark.parametrize('notebook,args', [('09_cohort', ()), ('19_upstream', ('-p', 'seed', '0')), ('29_preferences', ()), ('39_align', ('-p', 'method', 'mint')),
-                                           ('49_predict', ('-p', 'method', 'chance')), ('59_analysis', ())], ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize('notebook,args', [('19_cohort', ()), ('29_upstream', ('-p', 'seed', '0')), ('39_preferences', ()), ('49_align', ('-p', 'method', 'mint')),
+                                           ('59_predict', ('-p', 'method', 'chance')), ('69_analysis', ())], ids=lambda v: v if isinstance(v, str) else '')
 def test_plain_papermill_runs_each_stage(smoke_run, tmp_path, notebook, args):
-    call = on_a_terminal if notebook == '09_cohort' else papermill
+    call = on_a_terminal if notebook == '19_cohort' else papermill
     assert not (failed := call(notebook, tmp_path/'out.ipynb', '-p', 'run', str(smoke_run.path), *args)), failed[-2000:]
 
 
 def test_passed_parameters_arrive(smoke_run, tmp_path):
     run = shutil.copytree(smoke_run.path, tmp_path/'copy')
     assert not (run/'align/dpo-0').exists()
-    failed = papermill('39_align', tmp_path/'out.ipynb', '-p', 'run', str(run), '-p', 'method', 'dpo', '-p', 'seed', '0')
+    failed = papermill('49_align', tmp_path/'out.ipynb', '-p', 'run', str(run), '-p', 'method', 'dpo', '-p', 'seed', '0')
     assert not failed, failed[-2000:]
     assert (run/'align/dpo-0/adapter').is_dir()
-    failed = papermill('09_cohort', tmp_path/'out.ipynb', '-p', 'run', str(tmp_path/'new'), '-p', 'profile', 'smoke', '-y', 'overrides: {cohort.train: 16, seeds: [3]}')
+    failed = papermill('19_cohort', tmp_path/'out.ipynb', '-p', 'run', str(tmp_path/'new'), '-p', 'profile', 'smoke', '-y', 'overrides: {cohort.train: 16, seeds: [3]}')
     assert not failed, failed[-2000:]
     assert open_params(tmp_path/'new').cohort.train == 16 and open_params(tmp_path/'new').seeds == (3,)
 
 
-@pytest.mark.parametrize('notebook', ['09_cohort', '39_align'])
+@pytest.mark.parametrize('notebook', ['19_cohort', '49_align'])
 def test_unknown_parameter_is_an_error(tmp_path, notebook):
     assert 'field metod: unknown parameter' in papermill(notebook, tmp_path/'out.ipynb', '-p', 'run', str(tmp_path/'r'), '-p', 'metod', 'dpo')
     assert not (tmp_path/'r').exists()
 
 
 def test_ill_typed_parameter_is_an_error(tmp_path):
-    assert 'field cohort.train' in on_a_terminal('09_cohort', tmp_path/'out.ipynb', '-y', 'overrides: {cohort.train: many}')
+    assert 'field cohort.train' in on_a_terminal('19_cohort', tmp_path/'out.ipynb', '-y', 'overrides: {cohort.train: many}')
 
 
 def test_failure_names_the_copy_and_the_cell(tmp_path):
@@ -154,7 +155,7 @@ def start(run: Path, methods: tuple) -> subprocess.Popen:
 
 def test_ctrl_c_in_training_is_clean_and_the_same_command_ends_with_the_same_table(smoke_run, tmp_path):
     "kill -9, and anywhere: test_chaos.py."
-    methods, at = ('chance', 'mint'), '39_align-mint-0'
+    methods, at = ('chance', 'mint'), '49_align-mint-0'
     process, limit = start(tmp_path/'r', methods), time.time() + 900
     while not (tmp_path/f'r/notebooks/{at}.ipynb').exists():
         assert process.poll() is None and time.time() < limit, process.stdout.read()
@@ -176,6 +177,6 @@ def test_a_failure_in_a_group_stops_the_rest_and_keeps_what_runs():
     def work(step):
         if step.stage == 'b': raise NotebookFailed(Path('copy'), 'ValueError', 'broken')
         time.sleep(.3); log.append(step.stage)
-    steps = [Step('39_align', s) for s in 'abcd'] + [Step('49_predict', 'e', needs='b')]
+    steps = [Step('49_align', s) for s in 'abcd'] + [Step('59_predict', 'e', needs='b')]
     with pytest.raises(NotebookFailed, match='broken'): run_group(steps, 2, work, lambda s, _: None)
     assert log == ['a']

@@ -5,14 +5,15 @@ from pathlib import Path
 import pandas as pd, pytest
 
 import mint_nb.predict as predict
-from mint_nb.cohort import cohort_cases, cohort_catalogue
-from mint_nb.core import InputError, Run, open_run, read_json, read_table
-from mint_nb.decode import parse_answer
-from mint_nb.ontology import load_ontology
-from mint_nb.patients import InputWarning
-from mint_nb.predict import build_ranker, get_method, predict_cases, predict_method, read_texts
-from mint_nb.preferences import preference_rows, preferences
+from mint_nb.core import InputError, read_json, read_table
 from mint_nb.tasks import RANKING_COLUMNS, Ranker, get_task
+from mint_nb.runs import Run, open_run
+from mint_nb.ontology import load_ontology
+from mint_nb.readers import InputWarning
+from mint_nb.preferences import preference_rows, preferences
+from mint_nb.decode import parse_answer
+from mint_nb.predict import build_ranker, get_method, predict_method, read_texts
+from mint_nb.outputs import predict_cases
 
 NOTE_METHODS = ('chance', 'teacher', 'naive_bayes', 'naive_bayes_clean', 'resnik', 'linear', 'base', 'mint', 'base_constrained')
 
@@ -47,7 +48,7 @@ def folder(tmp_path):
 
 
 def test_every_method_answers_the_test_cases_only(run, answers):
-    ids, catalogue = {c.id for c in cohort_cases(run, 'test')}, cohort_catalogue(run)
+    ids, catalogue = {c.id for c in run.cases('test')}, run.catalogue
     for m, t in answers.items():
         assert tuple(t.columns) == RANKING_COLUMNS and set(t.case_id) <= ids, m
         assert set(t.answer_id.dropna()) <= set(catalogue.ids), m
@@ -60,8 +61,8 @@ def test_texts_are_kept_and_a_second_call_does_nothing(run, answers):
     for m in NOTE_METHODS: predict_method(run, m, 0)
     assert len(run.manifest) == before
     texts = read_texts(run/'predictions/base_constrained-0.texts.jsonl')
-    task, catalogue = get_task('disease'), cohort_catalogue(run)
-    assert set(texts) == {c.id for c in cohort_cases(run, 'test')}
+    task, catalogue = get_task('disease'), run.catalogue
+    assert set(texts) == {c.id for c in run.cases('test')}
     for t in texts.values(): assert t == task.answer(parse_answer(t, task)) and all(catalogue.resolve(n).method == 'exact' for n in parse_answer(t, task))
     assert not list((run/'predictions').glob('.*jsonl'))
 
@@ -69,7 +70,7 @@ def test_texts_are_kept_and_a_second_call_does_nothing(run, answers):
 def test_all_of_omim_comes_with_naive_bayes(run, answers):
     for name in ('naive_bayes', 'naive_bayes_clean', 'naive_bayes_strict'):
         t = read_table(run/f'predictions/omim-{name}.parquet')
-        assert set(t.case_id) == {c.id for c in cohort_cases(run, 'test')} and t.answer_id.nunique() > 50
+        assert set(t.case_id) == {c.id for c in run.cases('test')} and t.answer_id.nunique() > 50
 
 
 def test_killed_between_batches_it_goes_on(run, answers, monkeypatch, tmp_path):
@@ -89,7 +90,7 @@ def test_killed_between_batches_it_goes_on(run, answers, monkeypatch, tmp_path):
     with monkeypatch.context() as m:
         m.setattr(predict, 'append_texts', lambda path, texts: (keep(path, texts), calls.append(len(texts))))
         predict_method(copy, 'mint', 0)
-    assert sum(calls) == len(cohort_cases(run, 'test')) and not part.exists()
+    assert sum(calls) == len(run.cases('test')) and not part.exists()
     assert read_table(copy/'predictions/mint-0.parquet').equals(answers['mint'])
 
 
@@ -127,7 +128,7 @@ def test_documents_and_steps_are_rows_like_others(run, answers):
     for m in ('retrieval', 'rag_constrained', 'mint_cot_rag_constrained'):
         predict_method(run, m, 0)
         t = read_table(run/f'predictions/{m}-0.parquet')
-        assert set(t.case_id) == {c.id for c in cohort_cases(run, 'test')} and t.answer_id.notna().all(), m
+        assert set(t.case_id) == {c.id for c in run.cases('test')} and t.answer_id.notna().all(), m
     logs = [json.loads(t) for t in read_texts(run/'predictions/mint_cot_rag_constrained-0.texts.jsonl').values()]
     assert all(len(l['turns']) == 5 and l['retrieved'] for l in logs)
     before = len(run.manifest)

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import httpx, nbformat, pytest
 
-from mint_nb.cohort import cohort_cases
-from mint_nb.core import InputError, Run, open_params, read_json, resolve_params
-from mint_nb.endpoint import EndpointClient, server_said
+from mint_nb.core import InputError, read_json
+from mint_nb.params import resolve_params
+from mint_nb.runs import Run, open_params
 from mint_nb.ontology import load_ontology
-from mint_nb.patients import load_cases, simulate_cohort
+from mint_nb.patients import simulate_cohort
+from mint_nb.readers import load_cases
 from mint_nb.privacy import check_page, check_shown, leak, outputs, run_secrets, secrets_of
+from mint_nb.endpoint import EndpointClient, server_said
 
 BIN = Path(sys.executable).parent
 KEY = 'sk-live-4f9a77d2c1'
@@ -58,7 +60,7 @@ def test_nothing_of_a_patient_is_shown(real_run):
         assert 'bees' not in copy.read_text() and 'MRN-' not in copy.read_text(), copy.name
     page = (run/'analysis/report.html').read_text()
     assert 'bees' not in page and 'MRN-' not in page and '--show-cases' in page and 'class="portrait"' not in page
-    card = nbformat.read(run/'notebooks/09_cohort.ipynb', 4)
+    card = nbformat.read(run/'notebooks/19_cohort.ipynb', 4)
     assert any('real cases are not shown' in text for _, text in outputs(card))
 
 
@@ -79,12 +81,12 @@ def test_allowed_cases_are_shown_and_forbidden_ones_refused(real_run, tmp_path):
     with pytest.raises(InputError, match='report.html: shows an identifier of a real case') as e: check_shown(forbidden)
     assert 'MRN-' not in str(e.value) and 'bees' not in str(e.value)
     with pytest.raises(InputError, match='shows'): check_page(forbidden, page, 'report.html')
-    nb = nbformat.read(run/'notebooks/59_analysis.ipynb', 4)
-    case = cohort_cases(run)[0]
+    nb = nbformat.read(run/'notebooks/69_analysis.ipynb', 4)
+    case = run.cases()[0]
     (run/'analysis/report.html').unlink()
     next(c for c in nb.cells if c.cell_type == 'code')['outputs'] = [nbformat.v4.new_output('error', ename='ValueError', evalue='x', traceback=[f'KeyError: {case.id}'])]
-    nbformat.write(nb, run/'notebooks/59_analysis.ipynb')
-    with pytest.raises(InputError, match='59_analysis.ipynb, field output of cell'): check_shown(forbidden)
+    nbformat.write(nb, run/'notebooks/69_analysis.ipynb')
+    with pytest.raises(InputError, match='69_analysis.ipynb, field output of cell'): check_shown(forbidden)
 
 
 def test_simulated_cases_may_be_shown(smoke_run): assert check_shown(smoke_run) == 0 and 'SIM-' in (smoke_run/'analysis/report.html').read_text()

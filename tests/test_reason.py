@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from mint_nb.core import CohortParams, InputError, ReasonParams, RetrieveParams
-from mint_nb.decode import NameTrie, StudentRanker, encode_prompts, generate, parse_answer
-from mint_nb.dialogue import Dialogues, StudentDialogues, agreement_length, cut_text, token_counter
+from mint_nb.core import InputError
+from mint_nb.tasks import Catalogue, Ranker, get_task
+from mint_nb.params import CohortParams, ReasonParams, RetrieveParams
 from mint_nb.ontology import load_ontology
 from mint_nb.patients import simulate_cohort
-from mint_nb.predict import append_texts, read_texts
-from mint_nb.reason import PROTOCOLS, ReasonRanker, categories, final_list, fresh_shares, log_text, phenotypes_from_text, steps
-from mint_nb.retrieve import Retriever
 from mint_nb.students import Student, chat_marks, load_student
-from mint_nb.tasks import Catalogue, Ranker, get_task
+from mint_nb.decode import NameTrie, StudentRanker, encode_prompts, generate, parse_answer
+from mint_nb.retrieve import Retriever
+from mint_nb.dialogue import Dialogues, StudentDialogues, agreement_length, cut_text, token_counter
+from mint_nb.reason import (
+    PROTOCOLS, ReasonRanker, categories, final_list, fresh_shares, log_text, phenotypes_from_text, steps)
+from mint_nb.predict import append_texts, read_texts
 
 TASK, GENE = get_task('disease'), get_task('gene')
 SYSTEM = 'You are a genetic counselor.'
@@ -281,7 +283,7 @@ def test_bad_requests(student, cohort, cases, ontology):
 
 
 def test_an_endpoint_cannot_be_held(cohort, cases, ontology, tmp_path):
-    from mint_nb.core import EndpointParams
+    from mint_nb.params import EndpointParams
     from mint_nb.endpoint import EndpointDialogues
     remote = ReasonRanker(lambda: EndpointDialogues(EndpointParams(url='http://localhost:9/v1', model='m'), tmp_path), TASK, cohort[1], protocol='cot', ontology=ontology, constrained=True)
     with pytest.raises(InputError, match='held to a catalogue'): remote.rank(cases[:1])
@@ -311,7 +313,7 @@ def test_killed_after_case_seven_goes_on_at_case_eight(tmp_path, ranker, cases):
     part, script = tmp_path/'part.jsonl', tmp_path/'run.py'
     script.write_text(textwrap.dedent(f'''
         import os, signal
-        from mint_nb.core import CohortParams, ReasonParams, RetrieveParams
+        from mint_nb.params import CohortParams, ReasonParams, RetrieveParams
         from mint_nb.dialogue import StudentDialogues
         from mint_nb.ontology import load_ontology
         from mint_nb.patients import simulate_cohort

@@ -1,18 +1,20 @@
-"40_retrieve: documents from open facts only, parts that agree with their formula, leak control, the cache, and real notes where they are."
+"53_retrieve: documents from open facts only, parts that agree with their formula, leak control, the cache, and real notes where they are."
 import os
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mint_nb.core import InputError, RetrieveParams
-from mint_nb.findings import is_tuning
-from mint_nb.matching import catalogue_of
-from mint_nb.ontology import load_ontology
-from mint_nb.patients import load_cases
-from mint_nb.retrieve import (Encoder, RetrievalRanker, Retriever, document_vectors, documents, recall_table, reciprocal_rank_fusion, retrieval_table,
-                              true_ranks, whole_shelf, word_index)
+from mint_nb.core import InputError
 from mint_nb.tasks import Case, Catalogue, Ranker
+from mint_nb.params import RetrieveParams
+from mint_nb.ontology import load_ontology
+from mint_nb.readers import load_cases
+from mint_nb.findings import is_tuning
+from mint_nb.baselines import catalogue_of
+from mint_nb.retrieve import (
+    Encoder, RetrievalRanker, Retriever, document_vectors, documents, recall_table, reciprocal_rank_fusion,
+    retrieval_table, true_ranks, whole_shelf, word_index)
 
 FEW = ['OMIM:117550', 'OMIM:277590', 'OMIM:130650', 'OMIM:194050', 'OMIM:122470', 'OMIM:180849', 'OMIM:147920', 'OMIM:154700']
 NOTE = 'A tall 6-year-old boy with macrocephaly, a prominent forehead and an advanced bone age. No seizures.'

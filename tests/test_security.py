@@ -7,7 +7,7 @@ import pytest
 from mint_nb import patients
 from mint_nb.core import InputError, read_yaml
 from mint_nb.ontology import load_ontology
-from mint_nb.patients import load_cases
+from mint_nb.readers import load_cases
 from mint_nb.tiles import load_tiles
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from mint_nb import core
-from mint_nb.core import code_digest, code_modules, file_digest, open_run, recall, record, run_stage, stage_done, write_json, write_table
+from mint_nb.core import code_digest, code_modules, file_digest, recall, write_json, write_table
+from mint_nb.runs import open_run, record, run_stage, stage_done
 
 # ---------------------------------------------------------------------------------------------- what is loaded
 
@@ -49,7 +50,7 @@ def test_status_loads_no_tables_and_no_models(tmp_path):
     run = open_run(tmp_path/'run', 'smoke')
     run_stage(run, 'cohort', lambda: write_json(run/'cases/card.json', {}), 'mint_nb.cohort', ['cohort', 'task'], [], ['cases/card.json'])
     text, names = after_command('status', run.path)
-    assert '09_cohort' in text and ' done ' in text and ' missing ' in text
+    assert '19_cohort' in text and ' done ' in text and ' missing ' in text
     assert names <= {'numpy'}
 
 
@@ -91,7 +92,7 @@ def test_an_analysis_of_answers_that_are_there_needs_no_model_library(smoke_run,
     shutil.copytree(smoke_run.path, tmp_path/'run')
     (tmp_path/'run/analysis/table.md').unlink()
     code = f"""from mint_nb.analysis import analysis
-from mint_nb.core import Run, open_params
+from mint_nb.runs import Run, open_params
 run = Run({str(tmp_path/'run')!r}, open_params({str(tmp_path/'run')!r}))
 before = len(run.manifest)
 analysis(run)

@@ -4,11 +4,13 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from safetensors.torch import save_file
 
-from mint_nb.core import InputError, TeacherParams
-from mint_nb.images import draw_portrait
+from mint_nb.core import InputError
 from mint_nb.tasks import Case, Catalogue, Finding, Ranker
-from mint_nb.teachers import (Teacher, cross_fit, divide, folds_of, judging_folds, learn_faces, load_teacher, moved_patches, pooled,
-                              pretrained_vilt, random_faces, small_vilt, trained, unseen_answers, word_tokenizer)
+from mint_nb.params import TeacherParams
+from mint_nb.portraits import draw_portrait
+from mint_nb.teachers import (
+    Teacher, cross_fit, divide, folds_of, judging_folds, learn_faces, load_teacher, moved_patches, pooled,
+    pretrained_vilt, random_faces, small_vilt, trained, unseen_answers, word_tokenizer)
 
 IDS = [f'OMIM:{i}' for i in range(4)]
 CATALOGUE = Catalogue({d: f'Disease {d[5:]}' for d in IDS})
@@ -77,9 +79,9 @@ def test_every_answer_with_two_cases_is_known_to_its_judge():
 def test_no_judge_is_a_stranger_to_published_diseases(data):
     "The cohorts of the laptop profile and of the study; in whole publications most judges would be."
     from mint_nb.cli import REAL as LAPTOP
-    from mint_nb.core import resolve_params
+    from mint_nb.params import resolve_params
     from mint_nb.ontology import load_ontology
-    from mint_nb.patients import choose_answers, load_cases, select_cases
+    from mint_nb.readers import choose_answers, load_cases, select_cases
     from mint_nb.study import REAL
     ontology = load_ontology()
     packets = load_cases(data/'phenopackets.zip', ontology)[0]

@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 
-from mint_nb.cohort import make_cohort
-from mint_nb.core import CohortParams, InputError, open_run
-from mint_nb.nuclei import TISSUES, simulate_tile
-from mint_nb.patients import check_splits
+from mint_nb.core import InputError
 from mint_nb.tasks import Case
-from mint_nb.tiles import (deal, load_labelled, load_pannuke, load_tiles, open_tile, pannuke_folds, real_tiles, save_tiles, simulated_tiles, split_tiles, stain_jitter, tile_files, tissue_catalogue,
-                           tissue_id, turned)
+from mint_nb.params import CohortParams
+from mint_nb.runs import open_run
+from mint_nb.splits import check_splits
+from mint_nb.nuclei import TISSUES, simulate_tile
+from mint_nb.tiles import (
+    deal, load_labelled, load_pannuke, load_tiles, open_tile, pannuke_folds, real_tiles, save_tiles, simulated_tiles,
+    split_tiles, stain_jitter, tile_files, tissue_catalogue, tissue_id, turned)
+from mint_nb.cohort import make_cohort
 
 LAYOUTS = ('Fold {k}/images/fold{k}', 'fold_{k}/images', 'fold{k}')
 
@@ -231,7 +234,7 @@ def test_the_real_collection(data):
 def test_a_changed_source_is_noticed_without_reading_the_arrays(tmp_path, monkeypatch):
     import os
     from mint_nb import core
-    from mint_nb.core import open_run, stage_done
+    from mint_nb.runs import open_run, stage_done
     from mint_nb.cohort import make_cohort
     where, read = pannuke(tmp_path/'p', n=12), []
     run = open_run(tmp_path/'run', 'smoke', {'task': 'tissue', 'cohort': {'source': str(where), 'min_cases': 3, 'train': 12, 'calibration': 4, 'validation': 4, 'test': 8}})

@@ -7,12 +7,15 @@ from transformers import (AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
                           MllamaForConditionalGeneration, MllamaImageProcessorPil, MllamaProcessor)
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
-from mint_nb.core import InputError, StudentParams, TrainParams, VisionParams
-from mint_nb.decode import StudentRanker, decode_batch, encode_prompts, generate, score_names
-from mint_nb.engine import Engine, Item, SeparateEngine, caption_items, learn_captions, make_engine, separate_logps, train
-from mint_nb.students import OwnVision, add_lora, attach_tower, has_vision, load_student, smollm2_folder
+from mint_nb.core import InputError
 from mint_nb.tasks import Case, Catalogue, get_task
+from mint_nb.params import StudentParams, TrainParams, VisionParams
 from mint_nb.vision import load_tower, make_tower
+from mint_nb.students import OwnVision, add_lora, attach_tower, has_vision, load_student, smollm2_folder
+from mint_nb.packing import Item
+from mint_nb.engine import Engine, SeparateEngine, make_engine, separate_logps
+from mint_nb.trainer import caption_items, learn_captions, train
+from mint_nb.decode import StudentRanker, decode_batch, encode_prompts, generate, score_names
 
 TASK = get_task('tissue')
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
@@ -208,8 +211,9 @@ def test_tower_survives_a_round_trip(tiles, tmp_path):
 
 def test_pannuke_in_three_layouts_reaches_the_student(tmp_path):
     "float64 arrays, three layouts, one cohort; and from it through teacher, pairs and warm-up to a student that answers and is mapped."
-    from mint_nb.cohort import cohort_cases, make_cohort
-    from mint_nb.core import open_run, read_table
+    from mint_nb.cohort import make_cohort
+    from mint_nb.core import read_table
+    from mint_nb.runs import open_run
     from mint_nb.predict import predict_method
     from test_tiles import LAYOUTS, pannuke
     sizes, runs = {'min_cases': 3, 'train': 12, 'calibration': 4, 'validation': 4, 'test': 8}, []
@@ -218,9 +222,9 @@ def test_pannuke_in_three_layouts_reaches_the_student(tmp_path):
         assert np.load(next(folder.rglob('images.npy')), mmap_mode='r').dtype == np.float64
         runs.append(open_run(tmp_path/f'run{n}', 'smoke', {'task': 'tissue', 'cohort': {'source': str(folder), **sizes}}))
         make_cohort(runs[-1])
-    first = cohort_cases(runs[0])
+    first = runs[0].cases()
     for run in runs[1:]:
-        assert cohort_cases(run) == first
+        assert run.cases() == first
         assert all((run/'cases'/c.image).read_bytes() == (runs[0]/'cases'/c.image).read_bytes() for c in first)
     run, test = runs[0], [c for c in first if c.split == 'test']
     for m in ('teacher', 'base', 'mint', 'mint_constrained', 'mint_wrong_image_constrained'): predict_method(run, m)

@@ -10,7 +10,8 @@ import io
 import sys
 from pathlib import Path
 
-from mint_nb.core import CohortParams, write_json, write_jsonl
+from mint_nb.core import write_json, write_jsonl
+from mint_nb.params import CohortParams
 from mint_nb.ontology import load_ontology
 from mint_nb.patients import simulate_cohort
 from mint_nb.tiles import simulated_tiles

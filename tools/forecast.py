@@ -1,6 +1,6 @@
 """What was said and what it took: compare the forecasts of finished runs with their measured times, and calibrate.
 
-    python tools/forecast.py runs/smoke runs/laptop            # a line for each step, then the table of 58_forecast anew
+    python tools/forecast.py runs/smoke runs/laptop            # a line for each step, then the table of 71_forecast anew
     python tools/forecast.py --write runs/smoke runs/laptop    # also put it into the notebook; `make export` then writes the module
 
 A run folder has all that is needed: `forecast.json` (speeds of the machine as they were probed, and what was said), the executed
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import typer
 
-from mint_nb.core import Run, open_params, read_json
+from mint_nb.core import read_json
+from mint_nb.runs import Run, open_params
 from mint_nb.forecast import MEASURED, Cost, Row, Speeds, fit_cost, kind_of, known_counts, parts_of, probe, seconds_of, side_by_side, work_of
 from mint_nb.pipeline import nbs_folder, plan, wall_seconds, work_seconds, worker_count
 
@@ -68,7 +69,7 @@ def cell_of(table: dict[str, Cost], note: str) -> str:
 
 def write_cell(source: str) -> Path:
     "Put the table into the notebook, and leave all else as it is."
-    file = nbs_folder()/'58_forecast.ipynb'
+    file = nbs_folder()/'71_forecast.ipynb'
     nb = json.loads(file.read_text())
     cell = next(c for c in nb['cells'] if ''.join(c['source']).startswith(HEAD))
     cell['source'] = source.splitlines(keepends=True)
@@ -76,7 +77,7 @@ def write_cell(source: str) -> Path:
     return file
 
 
-def main(folders: list[Path] = typer.Argument(..., help='finished run folders'), write: bool = typer.Option(False, help='put the table into 58_forecast'),
+def main(folders: list[Path] = typer.Argument(..., help='finished run folders'), write: bool = typer.Option(False, help='put the table into 71_forecast'),
          note: str = typer.Option('', help='what it was measured on, for the head of the table')):
     rows: dict[str, list[Row]] = defaultdict(list)
     for folder in folders: read_run(folder, rows)

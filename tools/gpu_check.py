@@ -20,7 +20,7 @@ def main() -> int:
     if lost: print(f'error: {", ".join(lost)} missing: carry the wheels (tools/pack.py) or use the .venv', file=sys.stderr); return 2
     import torch
     if not torch.cuda.is_available(): print(f'error: no CUDA device here (torch {torch.__version__}): nothing to measure', file=sys.stderr); return 2
-    from mint_nb.gpucheck import main as check
+    from mint_nb.gpu_check import main as check
     return check()
 
 

@@ -7,7 +7,7 @@
 
 An executed copy serves tests and site: `make test` and `make docs` both execute what has changed, and nothing twice. Every code cell is executed,
 with its assertions, also those that nbdev_test would pass over (`#| eval: false`, and the flags slow and gpu of settings.ini). Each notebook
-has a kernel of its own, which is forked from a process that has loaded the libraries (56_kernels); `MINT_WARM=0` starts them one by one.
+has a kernel of its own, which is forked from a process that has loaded the libraries (70_kernels); `MINT_WARM=0` starts them one by one.
 
 Where Quarto is installed, `nbdev_docs` builds the same site from the same `_quarto.yml`.
 """
@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {'IN_TEST': '1', 'MINT_QUIET': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}   # IN_TEST: nbdev_export() in a notebook does nothing
 
 import nbformat
-from mint_nb.core import atomic_path, cache_dir, code_digest, digest, file_digest, locked
+from mint_nb.core import atomic_path, cache_dir, code_digest, digest, file_digest
+from mint_nb.runs import locked
 from mint_nb.kernels import NotebookFailed, can_fork, run_notebook, warm_up
 
 
@@ -68,7 +69,7 @@ def execute(path: Path) -> tuple[str, float, str]:
     return path.stem, time.perf_counter() - start, ''
 
 
-LONGEST = ('32_engine', '56_kernels', '41_reason', '66_honest', '60_pipeline', '40_retrieve', '46_export', '62_confidence')   # where nothing is remembered
+LONGEST = ('44_engine', '70_kernels', '56_reason', '88_honest', '72_pipeline', '53_retrieve', '73_export', '82_calibration_study')   # where nothing is remembered
 
 
 def longest_first(paths: list[Path]) -> list[Path]:

@@ -25,17 +25,17 @@ from .params import Params
 from .runs import Run, open_params, run_stage
 from .metrics import seed_weights
 from .ontology import load_ontology
+from .recipes import LOSSES, RECIPES
 from .notes import add_note
 from .splits import split_by_group
 from .patients import simulate_cohort
 from .cohort import make_cohort
-from .preferences import preference_rows, preferences, variant_of
+from .preferences import preference_rows, preferences
 from .students import Student, add_lora, load_student
-from .losses import LOSSES
 from .engine import Engine, TensorStore, reference_logps
 from .trainer import quiet, trainer_settings
 from .doctor import items_of
-from .align import SCHEDULES, align, updates
+from .align import align, updates
 from .candidates import CandidateRanker
 from .calibration import (
     MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised,
@@ -90,7 +90,7 @@ def fresh_student(run: Run, method: str, seed: int) -> Student:
     "A student with a trainable adapter: a new one, or that of a method."
     p = run.params.student
     student = add_lora(load_student(p.model, load_in_4bit=p.load_in_4bit, precision=p.precision), p, seed)
-    if method in SCHEDULES:
+    if method in RECIPES:
         align(run, method, seed)
         set_peft_model_state_dict(student.model, load_peft_weights(str(run/f'align/{method}-{seed}/adapter'), device=str(student.device)))
     return student
@@ -101,8 +101,8 @@ def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the
     p, name, out = run.params, f'{method}-{treatment}-{seed}', f'calibrate/{method}-{treatment}-{seed}'
     inside = treatment in INSIDE
     if inside: preferences(run, seed, 'mint')
-    elif method in SCHEDULES: align(run, method, seed)
-    reads = ['cases/cases.parquet', *([f'preferences/mint-{seed}/train.parquet'] if inside else [f'align/{method}-{seed}/adapter'] if method in SCHEDULES else [])]
+    elif method in RECIPES: align(run, method, seed)
+    reads = ['cases/cases.parquet', *([f'preferences/mint-{seed}/train.parquet'] if inside else [f'align/{method}-{seed}/adapter'] if method in RECIPES else [])]
     def body():
         student, cases, catalogue = fresh_student(run, method, seed), run.cases(), run.catalogue
         ranker = ranker_of(run, student, catalogue)
@@ -120,7 +120,7 @@ def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the
 def confide(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the manifest entry
     "Stage: log-probabilities of all options, for all parts and both forms."
     p, out = run.params, f'calibrate/{method}-{treatment}-{seed}.parquet'
-    adapter = f'align/{method}-{seed}/adapter' if treatment == 'none' and method in SCHEDULES else None if treatment == 'none' else f'calibrate/{method}-{treatment}-{seed}/adapter'
+    adapter = f'align/{method}-{seed}/adapter' if treatment == 'none' and method in RECIPES else None if treatment == 'none' else f'calibrate/{method}-{treatment}-{seed}/adapter'
     def body():
         student, rows = load_student(p.student.model, adapter=adapter and run/adapter, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), []
         for part, (cases, catalogue) in parts_of_run(run).items():
@@ -171,7 +171,7 @@ def part_of_grid(grid: dict[str, Sequence[str]], methods: Sequence[str] = (), tr
 def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -> str:
     "All steps of one method."
     run = Run(Path(path), open_params(path))
-    if method in SCHEDULES: align(run, method, seed)
+    if method in RECIPES: align(run, method, seed)
     for t in treatments:
         if t in FITTED: continue
         if method in INSIDE: treat(run, 'base', method, seed); confide(run, 'base', method, seed)
@@ -297,7 +297,7 @@ class Watch(TrainerCallback):
 # %% ../nbs/82_calibration_study.ipynb #0050
 def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the manifest entry
     "Stage: train a method as `align` does and watch its confidence on validation cases."
-    p, out, variant = run.params, f'calibrate/trace-{method}-{seed}.parquet', variant_of(method)
+    p, out, variant = run.params, f'calibrate/trace-{method}-{seed}.parquet', RECIPES[method].pair_set
     preferences(run, seed, variant)
     def body():
         student, cases = fresh_student(run, 'base', seed), run.cases()
@@ -305,7 +305,7 @@ def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the
         items = items_of(preference_rows(run, seed, variant), cases, student, run.task, p.student.max_prompt)
         n = updates(sum(c.split == 'train' for c in cases), p)
         watch = Watch(ranker.engine, name_choices(ranker, [c for c in cases if c.split == 'validation']), max(1, n//looks))
-        for phase in SCHEDULES[method]:
+        for phase in RECIPES[method].phases:
             steps, relative = max(1, round(phase.share*n)), LOSSES[phase.loss].reference
             settings = trainer_settings(p.train, run/'calibrate/work', steps, p.train.dpo_lr if relative else p.train.lr, seed) | {'save_strategy': 'no'}
             trainer = CalibrationTrainer(student, ranker.engine, Treatment(phase.loss, p.train.nll_on), p.train, p.calibrate, [], [],

@@ -24,10 +24,11 @@ from .tasks import get_task, list_sizes, method_name
 from .params import Section, resolve_params
 from .runs import Run, open_params, record, stage_done
 from .metrics import results_table, score_methods
+from .recipes import RECIPES
 from .cohort import make_cohort
 from .upstream import teacher_rankings, upstream
-from .preferences import preferences, variant_of
-from .align import SCHEDULES, align
+from .preferences import preferences
+from .align import align
 from .methods import get_method
 from .predict import predict_method
 from .outputs import safe_name
@@ -76,7 +77,7 @@ def sections_of(stage: str, what: str = '') -> tuple[str, ...]:
     "Parameter sections that a job depends on, directly or through earlier stages."
     if stage != 'predict': return SECTIONS[stage]
     model, constrained = method_name(what).model, ('predict',) if what.endswith('_constrained') else ()
-    earlier = SECTIONS['align'] if model in SCHEDULES else SECTIONS['upstream'] if model.startswith('teacher') else COHORT
+    earlier = SECTIONS['align'] if model in RECIPES else SECTIONS['upstream'] if model.startswith('teacher') else COHORT
     return tuple(dict.fromkeys((*earlier, *get_method(what).sections, *constrained)))
 
 def part(values: dict, stage: str, what: str = '') -> dict:
@@ -112,7 +113,7 @@ def chain(method: str, seed: int, values: dict) -> list[Job]:
     "The jobs of one cell, in the order in which they need each other."
     model = method_name(method).model
     jobs = [job_of('cohort', values), job_of('upstream', values, seed=seed)]
-    if model in SCHEDULES: jobs += [job_of('preferences', values, variant_of(method), seed), job_of('align', values, model, seed)]
+    if model in RECIPES: jobs += [job_of('preferences', values, RECIPES[method].pair_set, seed), job_of('align', values, model, seed)]
     return [*jobs, job_of('predict', values, method, seed)]
 
 def plan_grid(grid: Grid) -> dict[Job, Optional[Job]]:   # job to the one that must be done before

@@ -17,6 +17,8 @@ from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
+from .core import named_object
+
 # %% ../nbs/70_kernels.ipynb #0006
 LIBRARIES = (
     'ipykernel.kernelapp', 'numpy', 'pandas', 'yaml', 'pydantic', 'filelock', 'tqdm', 'psutil', 'threadpoolctl',
@@ -443,7 +445,8 @@ def processes(
             os.environ.clear()
             os.environ.update(env)
         _loaded['with'] = loaded_with(env)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=same_environment, initargs=(env,))
+    adopt = named_object('mint_nb.kernels:same_environment')      # by its module, where a process finds it
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=adopt, initargs=(env,))
 
 # %% ../nbs/70_kernels.ipynb #0061
 class NotebookFailed(RuntimeError):

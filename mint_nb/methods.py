@@ -21,12 +21,13 @@ from .runs import Run
 from .ontology import load_ontology
 from .findings import Extractor, with_extracted
 from .upstream import teacher_rankings, upstream
-from .align import SCHEDULES, align, load_aligned, needs_warm_up, warm_up
+from .align import align, load_aligned, needs_warm_up, warm_up
 from .baselines import run_answers, LinearRanker, NaiveBayesRanker, ResnikRanker
 from .retrieve import RetrievalRanker, Retriever
 
 if TYPE_CHECKING:   # imported where they are used
     from mint_nb.dialogue import Dialogues
+from .recipes import RECIPES
 
 # %% ../nbs/58_methods.ipynb #0005
 @dataclass
@@ -139,7 +140,7 @@ METHODS = MappingProxyType({
     'bm25': retrieval_method(kind='bm25', leak_control=False), 'dense': retrieval_method(kind='dense', leak_control=False),
     'linear': linear_method('note'), 'linear_both': linear_method('all'), 'texture': texture_method(),
     **{f'teacher_{v}': teacher_method(v) for v in ('zero_shot', 'probe', 'tuned')},
-    'base': student_method('base'), **{m: student_method(m) for m in SCHEDULES}})
+    'base': student_method('base'), **{m: student_method(m) for m in RECIPES}})
 
 # %% ../nbs/58_methods.ipynb #0021
 def get_method(name: str) -> Method:

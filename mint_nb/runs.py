@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from .core import InputError, atomic_path, cache_dir, code_digest, digest, file_digest, read_yaml, read_json
 from .params import Params, checked_params, resolve_params
 from fastcore.basics import patch
-from .tasks import Case, Catalogue, Task, list_sizes, read_cases
+from .tasks import Case, Catalogue, Task, get_task, list_sizes, read_cases
 
 # %% ../nbs/03_runs.ipynb #0053
 class Run:
@@ -71,7 +71,7 @@ def _catalogue(file: Path, written: int, size: int) -> Catalogue:
 @patch(as_prop=True)
 def task(self: Run) -> Task:
     "What is asked of a case: which view, which label, in which words."
-    return self.task
+    return get_task(self.params.task)
 
 @patch(as_prop=True)
 def catalogue(self: Run) -> Catalogue:

@@ -23,12 +23,13 @@ from .tasks import Rankings, get_task, list_sizes
 from .params import Params, nest
 from .runs import Run, device_name, open_params, open_run, record, run_stage, versions
 from .metrics import paired_differences, results_table, score_methods
+from .recipes import RECIPES
 from .cohort import make_cohort
 from .upstream import teacher_rankings, upstream
 from .students import Student
 from .packing import Item
 from .engine import Engine, TensorStore
-from .align import SCHEDULES, align, load_aligned
+from .align import align, load_aligned
 from .candidates import CandidateRanker
 from .predict import predict_method
 from .kernels import processes
@@ -143,7 +144,7 @@ def fork(
 # %% ../nbs/80_study.ipynb #0025
 def answer(run: Run, method: str, seed: int) -> None:
     "Train a method if it trains, rank the test cases, and look at its general abilities."
-    if method not in (*SCHEDULES, 'base'): predict_method(run, method, seed); return
+    if method not in (*RECIPES, 'base'): predict_method(run, method, seed); return
     if method != 'base': align(run, method, seed)
     p, adapter, out = run.params, f'align/{method}-{seed}/adapter', f'candidates/{method}-{seed}'
     def body():
@@ -185,7 +186,7 @@ def run_piece(
     "Run a piece, or go on with it."
     with threads(1), processes(workers) as pool:
         runs = prepare(piece, root, source, profile)
-        jobs = [(runs[''], m) for m in sorted(piece.methods, key=lambda m: m not in SCHEDULES)] + [(runs[v], 'mint') for v in piece.variations]
+        jobs = [(runs[''], m) for m in sorted(piece.methods, key=lambda m: m not in RECIPES)] + [(runs[v], 'mint') for v in piece.variations]
         waiting = [pool.submit(_work, str(r.path), m, piece.seed) for r, m in jobs]
         try:
             for f in progress(as_completed(waiting), piece.name, total=len(waiting)): f.result()
@@ -197,7 +198,7 @@ KEEP = ('top1', 'top5', 'top10', 'mrr', 'coverage', 'avoidance', 'car')
 
 def piece_answers(piece: Piece, run: Run, methods: Sequence[str]) -> dict[tuple[str, int], Rankings]:
     "The rankings of a run's test cases, by method and seed."
-    where = lambda m: run/f"{'candidates' if m in (*SCHEDULES, 'base') else 'predictions'}/{m}-{piece.seed}.parquet"
+    where = lambda m: run/f"{'candidates' if m in (*RECIPES, 'base') else 'predictions'}/{m}-{piece.seed}.parquet"
     top = lambda t: t[t['rank'] <= 10]
     return {(m, piece.seed): top(read_table(where(m))) for m in methods}
 
@@ -221,7 +222,7 @@ def piece_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
 # %% ../nbs/80_study.ipynb #0031
 def general_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
     "General abilities of the piece's students: condition, method, seed, case_id, metric, value."
-    found = [(c or piece.condition, m, r/f'candidates/{m}-{piece.seed}.general.parquet') for c, r in runs.items() for m in (*SCHEDULES, 'base')]
+    found = [(c or piece.condition, m, r/f'candidates/{m}-{piece.seed}.general.parquet') for c, r in runs.items() for m in (*RECIPES, 'base')]
     parts = [read_table(f).assign(condition=c, method=m, seed=piece.seed) for c, m, f in found if f.exists()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['case_id', 'metric', 'value', 'condition', 'method', 'seed'])
 

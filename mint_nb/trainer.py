@@ -22,8 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .core import InputError, one_cycle, progress
 from .params import TrainParams, VisionParams
+from .recipes import LOSSES
 from .students import Student
-from .losses import LOSSES, Total, sft_loss
+from .losses import Total, sft_loss
 from .packing import Item, rows_of, totals
 from .engine import Engine, SeparateEngine, make_engine, mismatched, reference_logps, whole
 

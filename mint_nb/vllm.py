@@ -18,8 +18,9 @@ from .core import InputError, read_json
 from .tasks import Case, Catalogue, Ranker, Rankings, Task
 from .runs import Run
 from .ontology import load_ontology
+from .recipes import RECIPES
 from .students import Student, load_student, smollm2_folder
-from .align import SCHEDULES, load_aligned
+from .align import load_aligned
 from .decode import StudentRanker, rankings_from_texts
 from .baselines import run_answers
 
@@ -110,7 +111,7 @@ def ranker_for(
 ) -> tuple[Ranker, str]:         # the ranker, and which engine and why
     "A student of a run behind vLLM or transformers."
     model, constrained = method.removesuffix('_constrained'), method.endswith('_constrained')
-    if model != 'base' and model not in SCHEDULES: raise InputError('only a student can be served, with a plain question', field='--engine', record=method, hint='base or a trained method, also NAME_constrained')
+    if model != 'base' and model not in RECIPES: raise InputError('only a student can be served, with a plain question', field='--engine', record=method, hint='base or a trained method, also NAME_constrained')
     p, task, (which, why) = run.params, run.task, choose_engine(engine)
     if which == 'vllm' and task.view == 'image':
         if engine == 'vllm': raise InputError('the students of this task see images, and vLLM is asked with text here', field='--engine', record='vllm', hint='leave --engine out')

@@ -11,7 +11,7 @@ from mint_nb.core import read_json, read_table
 from mint_nb.params import resolve_params
 from mint_nb.runs import Run, open_run
 from mint_nb.pipeline import (
-    ALIGNED, Step, Watch, learnt_before, plan, run_pipeline, unfinished, wall_seconds, work_seconds)
+    Step, Watch, learnt_before, plan, run_pipeline, unfinished, wall_seconds, work_seconds)
 from mint_nb.cli import app
 
 LAPTOP, SMOKE = resolve_params('laptop'), resolve_params('smoke')
@@ -23,15 +23,11 @@ def test_neither_torch_nor_plots_are_imported():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
-def test_methods_and_lessons_are_those_of_the_stages():
-    from mint_nb.align import SCHEDULES
-    from mint_nb.losses import LOSSES
+def test_what_a_recipe_costs():
     from mint_nb.methods import METHODS
-    assert set(fc.LESSONS) == set(SCHEDULES) == set(ALIGNED)
-    for m, phases in SCHEDULES.items():
-        assert [x.share for x in fc.LESSONS[m]] == [x.share for x in phases]
-        assert [x.pair for x in fc.LESSONS[m]] == [LOSSES[x.loss].rejected for x in phases]
-        assert [bool(x.before) for x in fc.LESSONS[m]] == [LOSSES[x.loss].reference for x in phases]
+    assert fc.lessons_of('mint') == [fc.Lesson(1., True)] and fc.lessons_of('sft') == [fc.Lesson(1., False)]
+    assert fc.lessons_of('dpo') == [fc.Lesson(.5, False), fc.Lesson(.5, True, before=1)]
+    assert fc.lessons_of('kto') == [fc.Lesson(.5, False), fc.Lesson(.5, True, before=2, beside=1.)]
     assert {m for m in METHODS if fc.reads_alone(m)} == {m for m in METHODS if not METHODS[m].texts}
 
 

@@ -11,7 +11,10 @@ from conftest import ROOT, SMOKE_METHODS
 from mint_nb.core import read_table
 from mint_nb.runs import open_params
 from mint_nb.kernels import kernels_of, warm_manager
-from mint_nb.pipeline import ALIGNED, NotebookFailed, Step, plan, run_group, run_pipeline, status
+from mint_nb.methods import METHODS
+from mint_nb.params import resolve_params
+from mint_nb.recipes import RECIPES
+from mint_nb.pipeline import NotebookFailed, Step, plan, run_group, run_pipeline, status
 
 BIN = Path(sys.executable).parent
 METRICS = ['top1', 'top5', 'top10', 'hfa', 'coverage', 'avoidance', 'car']
@@ -74,9 +77,10 @@ def test_second_call_starts_nothing(smoke_run):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_aligned_methods_are_those_of_the_stage():
-    from mint_nb.align import SCHEDULES
-    assert set(ALIGNED) == set(SCHEDULES)
+def test_what_has_a_recipe_is_trained_and_nothing_else():
+    methods = [*METHODS, 'mint_constrained', 'base_rag']
+    trained = [s.values['method'] for s in plan(resolve_params('smoke', {'methods': methods})) if s.notebook == '49_align']
+    assert trained == list(RECIPES) and set(RECIPES) < set(METHODS)
 
 
 def test_changed_training_reruns_only_what_follows(smoke_run, tmp_path):

@@ -42,7 +42,8 @@ SEEDS, VIEWS, TEST = (20, 21, 22, 23, 24), ('both', 'note', 'portrait'), 400
 def stage(folder: str, seed: int) -> None:
     "In the process of one side: make a cohort, run the stage, write down what it took."
     from mint_nb.cohort import make_cohort
-    from mint_nb.core import open_run, versions
+    try: from mint_nb.runs import open_run, versions
+    except ImportError: from mint_nb.core import open_run, versions      # version 0.1
     from mint_nb.upstream import upstream
     run = open_run(folder, 'laptop', {'cohort.seed': seed, 'cohort.test': TEST})
     make_cohort(run)
@@ -81,12 +82,11 @@ def heads(folder: Path, view: str, split: str) -> dict:
 def paired(folder: str, view: str, split: str) -> list:
     "Of each cohort: old and new hits (0 or 1), and the agreement of the first four, case by case."
     import numpy as np
-    from mint_nb.cohort import cohort_cases
-    from mint_nb.core import open_run
+    from mint_nb.runs import open_run
     out = []
     for seed in SEEDS:
         sides = [Path(folder, f'{side}-{seed}') for side in ('old', 'new')]
-        cases, others = (cohort_cases(open_run(s, 'laptop')) for s in sides)
+        cases, others = (open_run(s, 'laptop').cases() for s in sides)
         assert cases == others, 'the sides have other cases'
         images = [{f.name: f.read_bytes() for f in (s/'cases/images').iterdir()} for s in sides]
         assert images[0] == images[1], 'the sides have other pictures'

@@ -24,7 +24,6 @@ from .core import file_digest
 from .tasks import Ranker, method_name
 from .runs import versions
 from .readers import InputWarning, new_cases
-from .tiles import new_tiles
 from .baselines import run_answers
 from .methods import build_ranker, get_method, hpo, with_findings
 
@@ -148,6 +147,7 @@ def predict_cases(
 ) -> list[InputError]:    # inputs that could not be used
     "Rank new cases with a method of a finished run, and write the lists in three formats."
     if not (run/'cases/catalogue.json').exists(): raise InputError('has no catalogue yet', file=run.path, hint='finish the run first')
+    from mint_nb.tiles import new_tiles
     how, task = get_method(method), run.task
     ontology, label = None if task.view == 'image' else hpo(), task.label
     catalogue = run_answers(run, ontology, ids=True)

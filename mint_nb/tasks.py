@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
 from zlib import crc32
 
-import numpy as np
 from fastcore.basics import patch
 
 from .core import InputError, read_table, write_table
 
-if TYPE_CHECKING: import pandas as pd   # imported where it is used
+if TYPE_CHECKING:   # imported where they are used
+    import numpy as np
+    import pandas as pd
 
 # %% ../nbs/01_tasks.ipynb #0006
 @dataclass(frozen=True)
@@ -248,14 +249,15 @@ def make_rankings(
 # %% ../nbs/01_tasks.ipynb #0036
 def rankings_from_scores(
     case_ids: Sequence[str],       # n cases
-    scores: np.ndarray,            # (n, N); higher is more likely, -inf excludes
+    scores: 'np.ndarray',            # (n, N); higher is more likely, -inf excludes
     catalogue: Catalogue,          # N answers
     top: int = 10,                 # answers from the head of the ranking
     bottom: int = 0,               # answers from its tail
-    probs: Optional[np.ndarray] = None,   # (n, N) probabilities, if the ranker has them
+    probs: Optional['np.ndarray'] = None,   # (n, N) probabilities, if the ranker has them
     seed: int = 0,                 # breaks ties
 ) -> Rankings:
     "The head and the tail of the ranking that a score matrix implies."
+    import numpy as np
     n, N = np.shape(scores)
     if N != len(catalogue): raise InputError(f'{N} scores for {len(catalogue)} answers', field='scores')
     tie = np.random.default_rng(seed).permutation(N)
@@ -283,6 +285,7 @@ class ChanceRanker:
     name: str = 'chance'
     def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
         "Rank by random numbers of the seed and the case's id, so that a case is answered alike in any company."
+        import numpy as np
         scores = np.array([np.random.default_rng([self.seed, crc32(c.id.encode())]).random(len(self.catalogue)) for c in cases]).reshape(len(cases), len(self.catalogue))
         return rankings_from_scores([c.id for c in cases], scores, self.catalogue, top, bottom)
 

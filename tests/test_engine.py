@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen
 from mint_nb.core import InputError
 from mint_nb.params import StudentParams, TrainParams
 from mint_nb.students import Student, add_lora, load_student
-from mint_nb.losses import LOSSES
+from mint_nb.recipes import LOSSES
 from mint_nb.packing import Item
 from mint_nb.engine import Engine, TensorStore, mismatched, reference_logps, separate_logps
 from mint_nb.trainer import PreferenceTrainer, train, trainer_settings, trl_rows, trl_trainer
@@ -159,8 +159,12 @@ def test_trl_engine_says_what_it_cannot(tmp_path):
 
 TWO = """
 import json, os, sys, numpy as np, torch
-from mint_nb.bench import *; from mint_nb.engine import Engine, Item, reference_logps, train; from mint_nb.core import TrainParams
-from mint_nb.losses import LOSSES
+from mint_nb.bench import *
+from mint_nb.engine import Engine, reference_logps
+from mint_nb.packing import Item
+from mint_nb.params import TrainParams
+from mint_nb.recipes import LOSSES
+from mint_nb.trainer import train
 rng = np.random.default_rng(0)
 tokens = lambda lo, hi: rng.integers(10, 1000, rng.integers(lo, hi)).tolist()
 items = [Item(str(i), tokens(10, 40), [tokens(3, 30) for _ in range(2 + i % 2)]) for i in range(5)]      # no two of one length; batches of 4 and of 1
@@ -177,7 +181,8 @@ SHARDS = """
 import json, os, sys, torch
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
-from mint_nb.bench import *; from mint_nb.core import TrainParams
+from mint_nb.bench import *
+from mint_nb.params import TrainParams
 from mint_nb.engine import SeparateEngine, adapter_digest, whole
 from mint_nb.trainer import PreferenceTrainer, save_adapter, trainer_settings
 from peft import load_peft_weights
@@ -252,7 +257,7 @@ def test_trl_trains_a_method_of_a_run(tmp_path, method):
 
 def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path, monkeypatch):
     import mint_nb.align as module
-    from mint_nb import engine
+    from mint_nb import trainer
     from mint_nb.core import file_digest
     from mint_nb.runs import Run, open_run
     run, keep, done = open_run(tmp_path/'run', 'smoke'), module.keep, []
@@ -262,7 +267,7 @@ def test_what_a_killed_training_left_counts_only_if_nothing_has_changed(tmp_path
     monkeypatch.setattr(module, 'keep', dies_at_the_end)
     with pytest.raises(KeyboardInterrupt): module.align(run, 'sft')             # the phase is finished, the stage is not
     monkeypatch.setattr(module, 'keep', keep)
-    monkeypatch.setattr(engine, 'train', lambda *a, real=engine.train, **kw: done.append(a[4]) or real(*a, **kw))
+    monkeypatch.setattr(trainer, 'train', lambda *a, real=trainer.train, **kw: done.append(a[4]) or real(*a, **kw))
     other = Run(run.path, run.params.model_copy(update={'train': run.params.train.model_copy(update={'lr': 1e-2})}))
     module.align(other, 'sft'); first = file_digest(run/'align/sft-0/adapter')
     assert len(done) == 1, 'another rate: trained anew, and not taken from what the first left'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat, pandas as pd, pytest
 
-from mint_nb import core
+from mint_nb import runs
 from mint_nb.core import InputError, file_digest, read_table, write_json
 from mint_nb.runs import Run, open_params, open_run, run_stage, stage_done
 from mint_nb.cohort import make_cohort
@@ -76,6 +76,7 @@ def test_read_only_folder(tmp_path):
     small_stage(run, calls)
     script = textwrap.dedent(f"""
         from mint_nb.core import *
+        from mint_nb.runs import *
         try: open({str(run.path/'probe')!r}, 'w'); raise SystemExit('it can be written')
         except PermissionError: run = open_run({str(run.path)!r})
         print('done' if stage_done(run, 'small') else 'not done')
@@ -129,7 +130,7 @@ def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
         days = 0
         @classmethod
         def now(cls, tz=None): cls.days += 1; return dt.datetime(2030, 1, 1, tzinfo=tz) - dt.timedelta(days=400*cls.days)
-    monkeypatch.setattr(core, 'datetime', Backwards)
+    monkeypatch.setattr(runs, 'datetime', Backwards)
     run, calls = open_run(tmp_path/'r', 'smoke'), []
     first = small_stage(run, calls)
     (run/'small.json').write_text('{}')
@@ -210,7 +211,7 @@ def test_kernels_side_by_side_talk_over_files_and_not_ports(tmp_path):
 
 @pytest.mark.parametrize('over', [5, '[1]', 'x', ['cohort.train']], ids=str)
 def test_overrides_that_are_none(tmp_path, over):
-    with pytest.raises(InputError, match='overrides'): core.stage_run({'run': str(tmp_path/'r'), 'overrides': over})
+    with pytest.raises(InputError, match='overrides'): runs.stage_run({'run': str(tmp_path/'r'), 'overrides': over})
     assert not (tmp_path/'r').exists()
 
 

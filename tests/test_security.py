@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mint_nb import patients
+from mint_nb import readers
 from mint_nb.core import InputError, read_yaml
 from mint_nb.ontology import load_ontology
 from mint_nb.readers import load_cases
@@ -72,7 +72,7 @@ def test_archives_stay_inside_themselves(tmp_path, name, link):
 
 
 def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr(patients, 'MAX_ENTRY', 10_000)
+    monkeypatch.setattr(readers, 'MAX_ENTRY', 10_000)
     file = archive(tmp_path/'bomb.zip', 'big.json', size=20_000)
     for load in (lambda: load_cases(file, load_ontology()), lambda: load_tiles(file)):
         with pytest.raises(InputError, match='bomb.zip, record big.json: an entry has 20000 bytes; nothing was read'): load()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mint_nb import core
+from mint_nb import core, runs
 from mint_nb.core import code_digest, code_modules, file_digest, recall, write_json, write_table
 from mint_nb.runs import open_run, record, run_stage, stage_done
 
@@ -63,13 +63,14 @@ def test_report_loads_no_models(tmp_path):
     assert '| method |' in text and not names & (MODELS | FIGURES | OTHERS)
 
 
-@pytest.mark.parametrize('module', ['core', 'launch', 'cli'])
+@pytest.mark.parametrize('module', ['core', 'params', 'runs', 'tasks', 'recipes', 'launch', 'cli'])
 def test_modules_that_load_nothing(module):
     assert loaded(f'import mint_nb.{module}') == set()
 
 
-@pytest.mark.parametrize('module', ['tasks', 'metrics', 'ontology', 'patients', 'cohort', 'privacy', 'matching', 'findings', 'pairs', 'upstream', 'preferences',
-                                    'align', 'retrieve', 'deliver', 'attribution', 'methods', 'predict', 'report', 'reporting', 'pipeline'])
+@pytest.mark.parametrize('module', ['metrics', 'ontology', 'notes', 'splits', 'patients', 'readers', 'findings', 'privacy', 'cohort', 'upstream',
+                                    'pairs', 'preferences', 'align', 'baselines', 'retrieve', 'attribution', 'methods', 'predict', 'outputs',
+                                    'report', 'checklist', 'pipeline'])
 def test_stages_and_what_they_stand_on_load_numpy_at_most(module):
     assert loaded(f'import mint_nb.{module}') <= {'numpy'}
 
@@ -79,7 +80,7 @@ def test_the_analysis_loads_tables_and_no_figures_yet():
 
 
 def test_a_ranker_that_reads_findings_needs_no_model_library(tmp_path):
-    code = f"""from mint_nb.core import open_run
+    code = f"""from mint_nb.runs import open_run
 from mint_nb.predict import predict_method
 run = open_run({str(tmp_path/'run')!r}, 'smoke')
 for m in ('chance', 'naive_bayes'): predict_method(run, m)
@@ -238,7 +239,7 @@ def extra(tmp_path, monkeypatch):
 
 def test_code_follows_imports_wherever_they_stand(extra):
     extra('"Words."\nimport re\nfrom . import __version__\ndef f():\n    from mint_nb.pairs import checks\n    import mint_nb.launch\n')
-    assert {'mint_nb.extra', 'mint_nb.pairs', 'mint_nb.launch', 'mint_nb.tasks', 'mint_nb.core'} == set(code_modules('mint_nb.extra'))
+    assert {f'mint_nb.{m}' for m in ('extra', 'pairs', 'launch', 'tasks', 'params', 'core')} == set(code_modules('mint_nb.extra'))
     first = code_digest('mint_nb.extra')
     extra('"Other words."\nimport re\nfrom . import __version__   # a comment\ndef f():\n    from mint_nb.pairs import checks\n    import mint_nb.launch\n')
     assert code_digest('mint_nb.extra') == first
@@ -267,6 +268,6 @@ def test_a_stage_whose_code_cannot_be_read_is_an_error(tmp_path, extra, monkeypa
     extra('import re')
     entry = run_stage(run, 'small', lambda: write_json(run/'small.json', 1), 'mint_nb.extra', writes=['small.json'])
     extra('from .gone import x')
-    monkeypatch.setattr(core, '_known', lambda module: True)
+    monkeypatch.setattr(runs, '_known', lambda module: True)
     with pytest.raises(ModuleNotFoundError, match='mint_nb.gone'): stage_done(run, 'small')
     assert entry['status'] == 'done'

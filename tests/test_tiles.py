@@ -233,13 +233,13 @@ def test_the_real_collection(data):
 
 def test_a_changed_source_is_noticed_without_reading_the_arrays(tmp_path, monkeypatch):
     import os
-    from mint_nb import core
+    from mint_nb import runs
     from mint_nb.runs import open_run, stage_done
     from mint_nb.cohort import make_cohort
     where, read = pannuke(tmp_path/'p', n=12), []
     run = open_run(tmp_path/'run', 'smoke', {'task': 'tissue', 'cohort': {'source': str(where), 'min_cases': 3, 'train': 12, 'calibration': 4, 'validation': 4, 'test': 8}})
-    digest = core.file_digest
-    monkeypatch.setattr(core, 'file_digest', lambda f: read.append(Path(f).name) or digest(f))
+    digest = runs.file_digest
+    monkeypatch.setattr(runs, 'file_digest', lambda f: read.append(Path(f).name) or digest(f))
     entry = make_cohort(run)
     assert 'types.npy' in read and 'images.npy' not in read and make_cohort(run) == entry and stage_done(run, 'cohort') == entry
     os.utime(where/'fold2/images.npy', (1, 1))

@@ -14,16 +14,16 @@ import pandas as pd
 from .core import atomic_path, read_table, write_table
 from .tasks import Case
 from .runs import Run, run_stage
-from .metrics import difference_table, results_table, score_methods
+from .metrics import difference_table, results_table, score_methods, shown_metrics
 from .privacy import check_page
 from .upstream import upstream
 from .retrieve import tells_diagnosis
 from .attribution import masking_effect
 from .predict import predict_method
-from .report import (
-    COLUMNS, TILE_COLUMNS, all_figures, confusion, confusion_figure, map_figure, bullets, figure_html, headline,
-    how_made_html, in_order, look, page_html, para, results_markdown, results_wide, save_figure, section, table_html,
-    worked_cases_html, write_report)
+from mint_nb.report import (
+    all_figures, confusion, confusion_figure, map_figure, bullets, figure_html, headline, how_made_html, in_order,
+    look, page_html, para, results_markdown, results_wide, save_figure, section, table_html, worked_cases_html,
+    write_report)
 from .checklist import cards_html, checklist, checklist_markdown
 from .scores import answer_files, cohort_name, named, score_run
 
@@ -80,7 +80,7 @@ NOT_SHOWN = para('The cases are real, so none is shown here. mint-nb run --show-
 def _results_section(run: Run, tables: dict, footer: str) -> str:
     "Headline sentences and the main table."
     simulated, tiles = not run.params.cohort.source, run.task.view == 'image'
-    wide = results_wide(tables['table'], TILE_COLUMNS if tiles else COLUMNS, simulated)
+    wide = results_wide(tables['table'], shown_metrics('image' if tiles else 'note'), simulated)
     colours = [look(m).colour for m in in_order(tables['table'].method)]
     note = ('The tiles are simulated: drawings of nuclei after published descriptions of each tissue. Nothing here says how a method does on real tissue.' if tiles else
             'The patients are simulated: findings are drawn from annotation frequencies, portraits are schematic drawings. Nothing here says how a method does on real patients.')
@@ -135,7 +135,7 @@ def make_tables(run: Run, answers: dict, cases: list[Case]) -> dict[str, pd.Data
     for name, t in tables.items(): write_table(run/f'analysis/{name}.parquet', t)
     note = f'{cohort_name(run, len(cases))} ({tables["table"].groups.max()} groups), per cent with 95 % intervals. Research use only.'
     with atomic_path(run/'analysis/checklist.md') as tmp: tmp.write_text(checklist_markdown(checklist(run, tables['table'])))
-    with atomic_path(run/'analysis/table.md') as tmp: tmp.write_text(results_markdown(results_wide(tables['table'], TILE_COLUMNS if run.task.view == 'image' else COLUMNS, labels=False), note))
+    with atomic_path(run/'analysis/table.md') as tmp: tmp.write_text(results_markdown(results_wide(tables['table'], shown_metrics(run.task.view), labels=False), note))
     return tables
 
 # %% ../nbs/69_analysis.ipynb #0016

@@ -22,13 +22,13 @@ def said_of_data(run: Run) -> dict[str, str]:   # question to answer
     "Sources, sizes, splits, preparation."
     card, p = read_json(run/'cases/card.json'), run.params.cohort
     sizes = '; '.join(f"{s} {d['cases']} from {d['groups']} groups" for s, d in card['splits'].items())
-    made = 'simulated from published morphology; not patients' if run.params.task == 'tissue' else 'simulated from the annotations of the Human Phenotype Ontology; not patients'
+    made = run.task.made
     source = f"{Path(p.source).name}, {card.get('read', '?')} cases read" + (f'; test cases from {Path(p.test_source).name}' if p.test_source else '') if p.source else made
     return {'Source of the cases': source + (f". HPO {card['hpo']}" if card.get('hpo') else ''),
             'Eligibility': f'answers with at least {p.min_cases} cases from {p.min_groups} groups (publication, family, patient or slide)' if p.source else f'{len(run.catalogue)} answers, cases drawn by seed {p.seed}',
             'Splits and sizes': f'{sizes}. No group is on two sides',
             'Lost and corrected records': f"{card.get('lost', 0)} lost, {card.get('corrected', 0)} corrected; cases/card.json names them, the first 50 of each",
-            'Input of the student': f"the note alone, {card.get('characters_per_note', 0):.0f} characters on average" if run.params.task != 'tissue' else 'the image alone',
+            'Input of the student': f"the note alone, {card.get('characters_per_note', 0):.0f} characters on average" if run.task.view == 'note' else 'the image alone',
             'Outcome': f'{run.task.label}, one of a closed list of {len(run.catalogue)}; an answer counts if it resolves to the same identifier'}
 
 # %% ../nbs/65_checklist.ipynb #0010

@@ -10,7 +10,6 @@ __all__ = ['hpo', 'extractor', 'METHODS', 'StoredRanker', 'Method', 'with_findin
 # %% ../nbs/58_methods.ipynb #0003
 import functools
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -27,6 +26,7 @@ from .retrieve import RetrievalRanker, Retriever
 
 if TYPE_CHECKING:   # imported where they are used
     from mint_nb.dialogue import Dialogues
+from .core import Table
 from .recipes import RECIPES
 
 # %% ../nbs/58_methods.ipynb #0005
@@ -130,7 +130,7 @@ def reason_method(
     return Method(build, needs, ('pairs', 'endpoint' if model == 'api' else 'student', 'retrieve', 'reason'), True)
 
 # %% ../nbs/58_methods.ipynb #0020
-METHODS = MappingProxyType({
+METHODS = Table('method', {
     'chance': Method(lambda run, seed: ChanceRanker(run.catalogue, seed), lambda run, seed: []),
     'teacher': teacher_method(), 'teacher_note': teacher_method('note'), 'teacher_portrait': teacher_method('portrait'),
     'naive_bayes': knowledge_method(NaiveBayesRanker), 'naive_bayes_both': knowledge_method(NaiveBayesRanker, view='all'),
@@ -146,6 +146,7 @@ METHODS = MappingProxyType({
 def get_method(name: str) -> Method:
     "A method by its name, see `method_name`."
     model, protocol, constrained = method_name(name)
+    if model in RECIPES and model not in METHODS: METHODS.register(model, student_method(model))     # of a plugin
     writes = model == 'api' or model in METHODS and METHODS[model].texts
     if '_wrong_image' in name and not (writes and model != 'api' and not protocol): raise InputError('only a student can be shown a wrong image', field='method', record=name)
     if not writes and (model not in METHODS or protocol or constrained):

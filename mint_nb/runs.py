@@ -20,6 +20,7 @@ from .core import InputError, atomic_path, cache_dir, code_digest, digest, file_
 from .params import Params, checked_params, resolve_params
 from fastcore.basics import patch
 from .tasks import Case, Catalogue, Task, get_task, list_sizes, read_cases
+from .params import plugin_digests
 
 # %% ../nbs/03_runs.ipynb #0053
 class Run:
@@ -164,7 +165,8 @@ def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[st
         if not (run/r).exists(): raise InputError('a stage needs this file and it is missing', file=run/r, hint='run the earlier stage')
     params = {s: getattr(run.params, s) for s in sections}
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
-    return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra])
+    plugins = plugin_digests(run.params.plugins)
+    return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra, *([plugins] if plugins else [])])
 
 # %% ../nbs/03_runs.ipynb #0065
 def run_stage(

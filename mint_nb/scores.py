@@ -31,7 +31,7 @@ def answer_files(run: Run) -> dict[tuple[str, int], Path]:
 def cohort_name(run: Run, n: int = 0) -> str:
     "What the cohort is called: the column of the tables, or with `n` the footer of every figure."
     source = run.params.cohort.test_source or run.params.cohort.source
-    noun = 'tiles' if run.params.task == 'tissue' else 'patients'
+    noun = run.task.case_noun
     name = Path(source.removesuffix('.gz')).stem if source else 'simulated'
     if not n: return name
     return f'{n} {noun} from {name}' if source else f'{n} simulated {noun}'

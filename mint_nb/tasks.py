@@ -21,6 +21,7 @@ from .core import InputError, read_table, write_table
 if TYPE_CHECKING:   # imported where they are used
     import numpy as np
     import pandas as pd
+from .core import Table
 
 # %% ../nbs/01_tasks.ipynb #0006
 @dataclass(frozen=True)
@@ -177,6 +178,10 @@ class Task:
     paper_system: str                # instruction, long form
     noun: str                        # 'diseases', 'genes', 'tissues'
     published: int = 10              # list length in the paper
+    case_noun: str = 'patients'
+    made: str = 'simulated from the annotations of the Human Phenotype Ontology; not patients'   # where nobody's cases are given
+    profile: str = ''                # profiles named PROFILE-this.yaml say what the task wants otherwise
+    answer_tokens: tuple[float, float] = (10., 11.6)   # of an answer's first line and end, and of a line with a name
 
     def prompt(self,
         note: str,           # the text view ('' for an image task)
@@ -201,20 +206,20 @@ def answer(self: Task,
 
 
 # %% ../nbs/01_tasks.ipynb #0031
-TASKS = {t.name: t for t in (
+TASKS = Table('task', {t.name: t for t in (
     Task('disease', 'note', 'disease', 'POTENTIAL_DISEASES:', 'You are a genetic counselor. Answer with a numbered list.',
          'You are a genetic counselor. Read the clinical note and name EXACTLY {k} potential rare diseases, most likely first. '
          "Answer in this format and add nothing else:\nPOTENTIAL_DISEASES:\n1. 'Disease name'\n2. 'Disease name'", 'diseases'),
     Task('gene', 'note', 'gene', 'POTENTIAL_GENES:', 'You are a genetic counselor. Answer with a numbered list.',
          'You are a genetic counselor. Read the clinical note and name EXACTLY {k} candidate genes, most likely first. '
-         "Answer in this format and add nothing else:\nPOTENTIAL_GENES:\n1. 'GENE'\n2. 'GENE'", 'genes'),
+         "Answer in this format and add nothing else:\nPOTENTIAL_GENES:\n1. 'GENE'\n2. 'GENE'", 'genes', answer_tokens=(7.7, 11.6)),
     Task('tissue', 'image', 'tissue', 'MOST_LIKELY_TISSUE:', 'You are a pathologist. Answer with a numbered list.',
          'You are a pathologist. Look at the cell nuclei and name EXACTLY {k} of these candidate tissues, most likely first: {names}. '
-         "Answer in this format and add nothing else:\nMOST_LIKELY_TISSUE:\n1. 'Tissue'\n2. 'Tissue'", 'tissues', 5))}
+         "Answer in this format and add nothing else:\nMOST_LIKELY_TISSUE:\n1. 'Tissue'\n2. 'Tissue'", 'tissues', 5,
+         'tiles', 'simulated from published morphology; not patients', 'tissue', (14., 7.)))})
 
 def get_task(name: str) -> Task:
     "A task by its name."
-    if name not in TASKS: raise InputError(f'there is no such task; there are {", ".join(TASKS)}', field='task', record=name)
     return TASKS[name]
 
 # %% ../nbs/01_tasks.ipynb #0079

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen
 
 from mint_nb.core import InputError
 from mint_nb.params import StudentParams, TrainParams
-from mint_nb.students import Student, add_lora, load_student
 from mint_nb.recipes import LOSSES
+from mint_nb.students import Student, add_lora, load_student
 from mint_nb.packing import Item
 from mint_nb.engine import Engine, TensorStore, mismatched, reference_logps, separate_logps
 from mint_nb.trainer import PreferenceTrainer, train, trainer_settings, trl_rows, trl_trainer
@@ -159,12 +159,12 @@ def test_trl_engine_says_what_it_cannot(tmp_path):
 
 TWO = """
 import json, os, sys, numpy as np, torch
-from mint_nb.bench import *
-from mint_nb.engine import Engine, reference_logps
-from mint_nb.packing import Item
 from mint_nb.params import TrainParams
 from mint_nb.recipes import LOSSES
+from mint_nb.packing import Item
+from mint_nb.engine import Engine, reference_logps
 from mint_nb.trainer import train
+from mint_nb.bench import *
 rng = np.random.default_rng(0)
 tokens = lambda lo, hi: rng.integers(10, 1000, rng.integers(lo, hi)).tolist()
 items = [Item(str(i), tokens(10, 40), [tokens(3, 30) for _ in range(2 + i % 2)]) for i in range(5)]      # no two of one length; batches of 4 and of 1
@@ -181,10 +181,10 @@ SHARDS = """
 import json, os, sys, torch
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
-from mint_nb.bench import *
 from mint_nb.params import TrainParams
 from mint_nb.engine import SeparateEngine, adapter_digest, whole
 from mint_nb.trainer import PreferenceTrainer, save_adapter, trainer_settings
+from mint_nb.bench import *
 from peft import load_peft_weights
 student, items = bench_student(Setting(layers=0), 'tiny'), bench_items(Setting(prompt=20, answer=8, batch=3), 1000)
 params = TrainParams(batch=3, engine='separate')

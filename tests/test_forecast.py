@@ -10,8 +10,7 @@ from mint_nb import forecast as fc
 from mint_nb.core import read_json, read_table
 from mint_nb.params import resolve_params
 from mint_nb.runs import Run, open_run
-from mint_nb.pipeline import (
-    Step, Watch, learnt_before, plan, run_pipeline, unfinished, wall_seconds, work_seconds)
+from mint_nb.pipeline import Step, Watch, learnt_before, plan, run_pipeline, unfinished, wall_seconds, work_seconds
 from mint_nb.cli import app
 
 LAPTOP, SMOKE = resolve_params('laptop'), resolve_params('smoke')

@@ -9,11 +9,11 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from conftest import ROOT, SMOKE_METHODS
 from mint_nb.core import read_table
-from mint_nb.runs import open_params
-from mint_nb.kernels import kernels_of, warm_manager
-from mint_nb.methods import METHODS
 from mint_nb.params import resolve_params
+from mint_nb.runs import open_params
 from mint_nb.recipes import RECIPES
+from mint_nb.methods import METHODS
+from mint_nb.kernels import kernels_of, warm_manager
 from mint_nb.pipeline import NotebookFailed, Step, plan, run_group, run_pipeline, status
 
 BIN = Path(sys.executable).parent

@@ -4,9 +4,10 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from mint_nb.tasks import Case, Catalogue, ChanceRanker, Finding, make_rankings
 from mint_nb.metrics import difference_table, results_table, score_methods
 from mint_nb.report import (
-    CAPTIONS, NOTICE, all_figures, answer_list_html, by_answer, case_html, external_references, figure_html, known_looks,
-    headline, heat_figure, how_made_html, in_order, look, page_html, para, portrait_bytes, results_markdown,
-    results_wide, save_figure, section, table_html, training_figure, worked_cases_html, write_report)
+    CAPTIONS, NOTICE, all_figures, answer_list_html, by_answer, case_html, external_references, figure_html,
+    known_looks, headline, heat_figure, how_made_html, in_order, look, page_html, para, portrait_bytes,
+    results_markdown, results_wide, save_figure, section, table_html, training_figure, worked_cases_html,
+    write_report)
 
 CAT = Catalogue({f'OMIM:{i}': f'disease <{i}> & others' for i in range(100000, 100012)})
 CASES = [Case(f'P<{i}>', note='He said "<script>alert(1)</script>".', labels={'disease': CAT.ids[i % 12]}, group=f'PMID:{i//2}',

@@ -33,9 +33,9 @@ from .cohort import make_cohort
 from .preferences import preference_rows, preferences
 from .students import Student, add_lora, load_student
 from .engine import Engine, TensorStore, reference_logps
-from .trainer import quiet, trainer_settings
+from .trainer import updates, quiet, trainer_settings
 from .doctor import items_of
-from .align import align, updates
+from .align import align
 from .candidates import CandidateRanker
 from .calibration import (
     MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised,

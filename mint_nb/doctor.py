@@ -46,11 +46,15 @@ def items_of(
 ) -> list[Item]:
     "One item for each case, with notes that fit, and with its image if the task shows one."
     notes = {c.id: c.note for c in cases}
-    lost = next((r['case_id'] for r in rows if r['case_id'] not in notes), None)
+    lost = next((r['case_id'] for r in rows if r.get('case_id', '') not in ('', *notes)), None)
     if lost: raise InputError('has pairs and is not in the cohort', record=lost, field='case_id')
     images = dict(zip(notes, images_of(task, cases, folder)))
-    items = items_from_rows(rows, student, lambda r: student.prompt_ids(task, notes[r['case_id']], r['asked'], max_prompt, image=images.get(r['case_id'])))
-    return [replace(i, image=images.get(i.case_id)) for i in items]
+    def prompt(r: dict) -> list[int]:
+        case = r.get('case_id')
+        ids = student.message_ids(list(r['prompt']), images.get(case))
+        if case not in notes or not max_prompt or len(ids) <= max_prompt: return ids
+        return student.prompt_ids(task, notes[case], r['asked'], max_prompt, image=images.get(case))
+    return [replace(i, image=images.get(i.case_id)) for i in items_from_rows(rows, student, prompt)]
 
 # %% ../nbs/47_doctor.ipynb #0012
 def histogram(values: Sequence[int], bins: int = 8, width: int = 30) -> list[str]:

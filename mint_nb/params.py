@@ -9,7 +9,7 @@ __all__ = ['GROUP', 'PROFILES', 'Section', 'CohortParams', 'TeacherParams', 'Pai
            'first_lesson']
 
 # %% ../nbs/02_params.ipynb #impparams
-import importlib, importlib.util, os
+import functools, importlib, importlib.util, os
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Iterable, Literal, Optional
@@ -201,10 +201,15 @@ class Params(Section):
 GROUP = 'mint_nb.plugins'      # of entry points
 _plugins: dict[str, str] = {}  # those that were loaded, and the digests of their files
 
+@functools.cache
+def _installed() -> list[str]:
+    "Plugins of installed packages."
+    return [e.value for e in entry_points(group=GROUP)]
+
 def _plugin_names(names: Iterable[str]) -> list[str]:
     "Those of installed packages, and the named ones, files by their whole path."
     whole = lambda n: str(Path(n).expanduser().absolute()) if n.endswith('.py') else n
-    return [*(e.value for e in entry_points(group=GROUP)), *map(whole, names)]
+    return [*_installed(), *map(whole, names)]
 
 def plugin_digests(
     names: Iterable[str],   # `plugins` of a run

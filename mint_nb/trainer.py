@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share', 'loss_options', 'PreferenceTrainer', 'sharded', 'save_adapter', 'last_checkpoint', 'trainer_settings', 'Bar',
-           'quiet', 'trl_rows', 'trl_trainer', 'train', 'caption_items', 'learn_captions', 'StopAt']
+           'quiet', 'updates', 'trl_rows', 'trl_trainer', 'train', 'caption_items', 'learn_captions', 'StopAt']
 
 # %% ../nbs/45_trainer.ipynb #imptraine
 import math, os
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .core import InputError, one_cycle, progress
-from .params import TrainParams, VisionParams
+from .params import Params, TrainParams, VisionParams
 from .recipes import LOSSES, Loss
 from .students import Student
 from .losses import Total, sft_loss
@@ -174,6 +174,13 @@ def quiet(trainer: Trainer) -> Trainer:
     for c in list(trainer.callback_handler.callbacks):
         if type(c).__name__ in ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback'): trainer.remove_callback(c)
     return trainer
+
+# %% ../nbs/45_trainer.ipynb #upd1
+def updates(
+    n_cases: int, params: Params,   # training cases
+) -> int:   # optimiser steps of a method of length 1
+    "Optimiser steps: epochs times cases over batch, at least one."
+    return max(1, round(params.train.epochs*n_cases/params.train.batch))
 
 # %% ../nbs/45_trainer.ipynb #0102
 def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:

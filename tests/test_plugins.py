@@ -6,13 +6,13 @@ import pytest
 
 from mint_nb import params
 from mint_nb.core import InputError, read_table
-from mint_nb.metrics import METRICS
-from mint_nb.methods import METHODS
-from mint_nb.params import resolve_params
-from mint_nb.pipeline import plan, run_pipeline, status
-from mint_nb.recipes import LOSSES, RECIPES
-from mint_nb.runs import open_run, stage_done
 from mint_nb.tasks import TASKS
+from mint_nb.params import resolve_params
+from mint_nb.runs import open_run, stage_done
+from mint_nb.metrics import METRICS
+from mint_nb.recipes import LOSSES, RECIPES
+from mint_nb.methods import METHODS
+from mint_nb.pipeline import plan, run_pipeline, status
 
 TOY = '''
     from dataclasses import dataclass, replace

@@ -112,7 +112,7 @@ def test_the_preference_folder_loads_with_datasets(run, answers, tmp_path):
 
 def test_preference_variants(run):
     "The controls differ from the method's rows where they should: other rankings, same prompts."
-    with pytest.raises(InputError, match='there is no such variant'): preferences(run, 0, 'mind')
+    with pytest.raises(InputError, match='there is no such pair set'): preferences(run, 0, 'mind')
     for v in ('mint', 'mint_note', 'mint_shuffled'): preferences(run, 0, v)
     mint, shuffled = preference_rows(run, 0), preference_rows(run, 0, 'mint_shuffled')
     assert [r['prompt'] for r in mint] == [r['prompt'] for r in shuffled] and mint != shuffled

@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public face: names are loaded when they are used (PEP 562), so `import mint_nb` and `mint-nb status` stay quick.
 PUBLIC = {

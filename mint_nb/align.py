@@ -75,17 +75,42 @@ def warm_up(
         from mint_nb.trainer import caption_items, learn_captions
         from mint_nb.students import attach_tower, load_student
         from mint_nb.vision import learn_words, make_tower
-        student, train = load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), run.cases('train')
+
+        student, train = (
+            load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision),
+            run.cases('train'),
+        )
         table = student.model.get_input_embeddings().weight.detach().float()
         tower = make_tower(p.vision, table.shape[1], table.square().mean().sqrt().item(), seed)
-        captions, images = cohort_captions(run), dict(zip((c.id for c in train), images_of(get_task(p.task), train, run/'cases')))
-        words = learn_words(tower, list(images.values()), [captions[i] for i in images], p.vision, student.meaning, seed)
+        captions, images = (
+            cohort_captions(run),
+            dict(zip((c.id for c in train), images_of(get_task(p.task), train, run / 'cases'))),
+        )
+        words = learn_words(
+            tower, list(images.values()), [captions[i] for i in images], p.vision, student.meaning, seed
+        )
         student.vision = attach_tower(student.model, tower)
-        log = learn_captions(student, caption_items(captions, images, student), p.vision, seed) if p.vision.epochs else []
-        rows = [dict(phase=n, step=i, epoch=np.nan, name='loss', value=v) for n, x in (('words', words), ('captions', log)) for i, v in enumerate(x, 1)]
-        write_table(run/out/'log.parquet', pd.DataFrame(rows)); student.vision.save(run/out/'tower')
-    return run_stage(run, f'align/warmup-{seed}', body, 'mint_nb.align', ['student', 'vision', 'task'],
-                     ['cases/cases.parquet', 'cases/captions.parquet', 'cases/images'], [f'{out}/tower', f'{out}/log.parquet'], extra=[seed])
+        log = (
+            learn_captions(student, caption_items(captions, images, student), p.vision, seed) if p.vision.epochs else []
+        )
+        rows = [
+            dict(phase=n, step=i, epoch=np.nan, name='loss', value=v)
+            for n, x in (('words', words), ('captions', log))
+            for i, v in enumerate(x, 1)
+        ]
+        write_table(run / out / 'log.parquet', pd.DataFrame(rows))
+        student.vision.save(run / out / 'tower')
+
+    return run_stage(
+        run,
+        f'align/warmup-{seed}',
+        body,
+        'mint_nb.align',
+        ['student', 'vision', 'task'],
+        ['cases/cases.parquet', 'cases/captions.parquet', 'cases/images'],
+        [f'{out}/tower', f'{out}/log.parquet'],
+        extra=[seed],
+    )
 
 # %% ../nbs/49_align.ipynb #0012
 def needs_warm_up(run: Run, seed: int = 0) -> list[str]:
@@ -102,23 +127,35 @@ def student_of(run: Run, seed: int) -> 'Student':
     "The base student of a run with a fresh adapter, and a vision tower if its task shows an image."
     from mint_nb.students import add_lora, load_student
     p, vision = run.params, vision_for(run, seed)
-    return add_lora(load_student(p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision, vision=vision), p.student, seed, p.vision.tune if vision else 'none')
+    return add_lora(
+        load_student(
+            p.student.model, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision, vision=vision
+        ),
+        p.student,
+        seed,
+        p.vision.tune if vision else 'none',
+    )
 
+# %% ../nbs/49_align.ipynb #0012-1
 def load_aligned(run: Run, method: str, seed: int = 0) -> 'Student':
     "The base student ('base') or an aligned one, its adapter merged for fast decoding."
     from mint_nb.students import load_student
     p, vision = run.params.student, vision_for(run, seed)
     if method == 'base': return load_student(p.model, load_in_4bit=p.load_in_4bit, precision=p.precision, vision=vision)
     folder = run/f'align/{method}-{seed}/adapter'
-    if not folder.exists(): raise InputError('there is no such adapter', file=folder, hint=f'run the align stage for {method} first')
+    if not folder.exists():
+        raise InputError('there is no such adapter', file=folder, hint=f'run the align stage for {method} first')
     return load_student(p.model, adapter=folder, precision=p.precision, vision=vision)
 
 # %% ../nbs/49_align.ipynb #0014
 def keep(model: Any, folder: Path) -> None:
     "Write an adapter: every process calls this, the first one writes."
     from mint_nb.trainer import save_adapter
-    with atomic_path(folder) if first_process() else contextlib.nullcontext(folder) as tmp: save_adapter(model, tmp, first_process())
 
+    with atomic_path(folder) if first_process() else contextlib.nullcontext(folder) as tmp:
+        save_adapter(model, tmp, first_process())
+
+# %% ../nbs/49_align.ipynb #0014-1
 def train_method(run: Run, method: str, seed: int, work: Path | str) -> None:
     "Train a method in this process, alone or as one of several; the first one writes adapter and log. Phases and checkpoints lie in `work`."
     import torch
@@ -129,13 +166,24 @@ def train_method(run: Run, method: str, seed: int, work: Path | str) -> None:
     p, variant, out = run.params, RECIPES[method].pair_set, run/f'align/{method}-{seed}'
     student, rows, cases = student_of(run, seed), preference_rows(run, seed, variant), run.cases()
     lines, problems = diagnose(rows, student, p.student, p.train, p.predict.max_new_tokens)
-    found = refuse(problems); lines += map(str, found if run.shows_cases else without_cases(found))
-    chosen = choose_engine(student, p.train, TensorStore(None if p.train.accelerate else run/'align/depth'))   # processes that share a model must not differ in what they remember
+    found = refuse(problems)
+    lines += map(str, found if run.shows_cases else without_cases(found))
+    chosen = choose_engine(
+        student, p.train, TensorStore(None if p.train.accelerate else run / 'align/depth')
+    )  # processes that share a model must not differ in what they remember
     if first_process(): print(*lines, f'engine: {chosen.name}, {chosen.why}', sep='\n')
-    items, n = items_of(rows, cases, student, run.task, p.student.max_prompt, run/'cases'), sum(c.split == 'train' for c in cases)
+    items, n = (
+        items_of(rows, cases, student, run.task, p.student.max_prompt, run / 'cases'),
+        sum(c.split == 'train' for c in cases),
+    )
     steps = lambda ph: max(1, round(ph.share*updates(len(rows) if ph.own else n, p)))
-    logs = [(ph.loss, run_phase(student, chosen.engine, items, ph, steps(ph), p, Path(work)/f'{i}-{ph.loss}', seed)) for i, ph in enumerate(RECIPES[method].phases)]
-    if first_process(): write_table(out/'log.parquet', long_log(logs)); write_json(out/'engine.json', {'engine': chosen.name, 'why': chosen.why})
+    logs = [
+        (ph.loss, run_phase(student, chosen.engine, items, ph, steps(ph), p, Path(work) / f'{i}-{ph.loss}', seed))
+        for i, ph in enumerate(RECIPES[method].phases)
+    ]
+    if first_process():
+        write_table(out / 'log.parquet', long_log(logs))
+        write_json(out / 'engine.json', {'engine': chosen.name, 'why': chosen.why})
     keep(student.model, out/'adapter')
 
 # %% ../nbs/49_align.ipynb #0016
@@ -146,6 +194,7 @@ from mint_nb.align import train_method
 train_method(Run(Path(sys.argv[1]), open_params(sys.argv[1])), sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
 
+# %% ../nbs/49_align.ipynb #0016-1
 def align(
     run: Run,
     method: str = 'mint',   # a key of `RECIPES`, or 'warmup'
@@ -156,10 +205,30 @@ def align(
     variant, out = RECIPES[method].pair_set, f'align/{method}-{seed}'
     preferences(run, seed, variant)
     if tower := needs_warm_up(run, seed): warm_up(run, seed)
-    sections, reads = ['student', 'train', *(['vision'] if vision_for(run, seed) else [])], ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet', *tower]
+    sections, reads = (
+        ['student', 'train', *(['vision'] if vision_for(run, seed) else [])],
+        ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet', *tower],
+    )
+
     def body():
-        work = run/out/'work'/stage_key(run, 'mint_nb.align', sections, reads, [method, seed])      # what an earlier attempt left counts if nothing has changed since
-        if run.params.train.processes == 1: train_method(run, method, seed, work)
-        else: print(run_together(run.params.train, _TOGETHER, work, str(run.path.resolve()), method, str(seed), str(work)))
+        work = (
+            run / out / 'work' / stage_key(run, 'mint_nb.align', sections, reads, [method, seed])
+        )  # what an earlier attempt left counts if nothing has changed since
+        if run.params.train.processes == 1:
+            train_method(run, method, seed, work)
+        else:
+            print(
+                run_together(run.params.train, _TOGETHER, work, str(run.path.resolve()), method, str(seed), str(work))
+            )
         shutil.rmtree(run/out/'work')
-    return run_stage(run, f'align/{method}-{seed}', body, 'mint_nb.align', sections, reads, [f'{out}/adapter', f'{out}/log.parquet', f'{out}/engine.json'], extra=[method, seed])
+
+    return run_stage(
+        run,
+        f'align/{method}-{seed}',
+        body,
+        'mint_nb.align',
+        sections,
+        reads,
+        [f'{out}/adapter', f'{out}/log.parquet', f'{out}/engine.json'],
+        extra=[method, seed],
+    )

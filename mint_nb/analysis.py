@@ -32,20 +32,35 @@ def training_log(run: Run, answers: dict) -> pd.DataFrame:
     "The logs of all trained methods that answered, in one table."
     logs = [(m, s, run/f'align/{m}-{s}/log.parquet') for m, s in answers]
     parts = [read_table(p).assign(method=m, seed=s) for m, s, p in logs if p.exists()]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['method', 'seed', 'step', 'name', 'value'])
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=['method', 'seed', 'step', 'name', 'value'])
+    )
 
 # %% ../nbs/69_analysis.ipynb #0009
 def subgroup_table(run: Run, per_case: pd.DataFrame, cases: list[Case]) -> pd.DataFrame:
     "Results apart for cases whose portrait shows a finding and for those whose portrait shows none, and, where notes name the answer, with and without those."
     shows, tells = {c.id: bool(c.findings('portrait')) for c in cases}, {c.id: tells_diagnosis(c) for c in cases}
-    parts = {name: per_case[per_case.case_id.map(shows) == yes] for name, yes in (('portrait shows a finding', True), ('portrait shows none', False))}
-    if any(tells.values()): parts |= {name: per_case[per_case.case_id.map(tells) == yes] for name, yes in (('note tells the answer', True), ('note does not tell the answer', False))}
+    parts = {
+        name: per_case[per_case.case_id.map(shows) == yes]
+        for name, yes in (('portrait shows a finding', True), ('portrait shows none', False))
+    }
+    if any(tells.values()):
+        parts |= {
+            name: per_case[per_case.case_id.map(tells) == yes]
+            for name, yes in (('note tells the answer', True), ('note does not tell the answer', False))
+        }
     out = [results_table(t, run.params.analysis.bootstrap).assign(subgroup=name) for name, t in parts.items() if len(t)]
     return pd.concat(out, ignore_index=True)
 
+# %% ../nbs/69_analysis.ipynb #0009-1
 def omim_table(run: Run, cases: list[Case]) -> pd.DataFrame:
     "Top-n accuracy of the rankers that chose among all of OMIM, or all its genes; empty if none ran."
-    files = {(p.stem.removeprefix('omim-').partition('-')[0], 0): p for p in sorted((run/'predictions').glob('omim-*.parquet'))}
+    files = {
+        (p.stem.removeprefix('omim-').partition('-')[0], 0): p
+        for p in sorted((run / 'predictions').glob('omim-*.parquet'))
+    }
     if not files: return pd.DataFrame(columns=['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups'])
     tops, label = (1, 3, 5, 10, 50), run.task.label
     scored = score_methods({k: read_table(p) for k, p in files.items()}, cases, run.catalogue, label, tops=tops)
@@ -59,48 +74,88 @@ def masking_sentences(run: Run) -> list[str]:
         if not (run/f'attribution/mint-{s}/masking.parquet').exists(): continue
         table = read_table(run/f'attribution/mint-{s}/masking.parquet')
         e, p = (masking_effect(table, run.params.analysis.bootstrap, kind) for kind in ('_right', ''))
-        points = lambda e: f"{100*e['top']:.1f} points against {100*e['random']:.1f} under a random quarter (difference {100*e['diff']:+.1f}, {100*e['lo']:+.1f} to {100*e['hi']:+.1f})"
-        out.append(f"Of {e['n']} tiles {e['whole']:.0%} are named right (seed {s}). With the quarter covered that its map calls most important accuracy loses {points(e)}, the probability of the true answer {points(p)}.")
+        points = lambda e: (
+            f"{100 * e['top']:.1f} points against {100 * e['random']:.1f} under a random quarter (difference {100 * e['diff']:+.1f}, {100 * e['lo']:+.1f} to {100 * e['hi']:+.1f})"
+        )
+        out.append(
+            f"Of {e['n']} tiles {e['whole']:.0%} are named right (seed {s}). With the quarter covered that its map calls most important accuracy loses {points(e)}, the probability of the true answer {points(p)}."
+        )
     return out
 
+# %% ../nbs/69_analysis.ipynb #0011-1
 def tile_figures(run: Run, answers: dict, cases: list[Case], footer: str) -> dict:
     "Confusion matrices of the teacher and the main students, and some maps, of an image task."
     task, seed, out = run.task, run.params.seeds[0], {}
     if task.view != 'image': return out
     shown = [m for m in ('teacher', 'base', 'mint') if (m, seed) in answers]
-    out['confusion'] = confusion_figure({m: confusion(answers[m, seed], cases, run.catalogue, task.label) for m in shown or [next(iter(answers))[0]]}, cohort=footer)
+    out['confusion'] = confusion_figure(
+        {m: confusion(answers[m, seed], cases, run.catalogue, task.label) for m in shown or [next(iter(answers))[0]]},
+        cohort=footer,
+    )
     if (run/f'attribution/mint-{seed}/maps.parquet').exists() and run.shows_cases:
-        maps, images = read_table(run/f'attribution/mint-{seed}/maps.parquet'), {c.id: Path(run/'cases', c.image) for c in cases}
+        maps, images = (
+            read_table(run / f'attribution/mint-{seed}/maps.parquet'),
+            {c.id: Path(run / 'cases', c.image) for c in cases},
+        )
         out['maps'] = map_figure(maps, {i: images[i] for i in maps.case_id.unique()[:6]}, cohort=footer)
     return out
 
 # %% ../nbs/69_analysis.ipynb #0012
-NOT_SHOWN = para('The cases are real, so none is shown here. mint-nb run --show-cases shows some, with their notes and identifiers: keep such a report where the cohort may be.')
+NOT_SHOWN = para(
+    'The cases are real, so none is shown here. mint-nb run --show-cases shows some, with their notes and identifiers: keep such a report where the cohort may be.'
+)
 
 def _results_section(run: Run, tables: dict, footer: str) -> str:
     "Headline sentences and the main table."
     simulated, tiles = not run.params.cohort.source, run.task.view == 'image'
     wide = results_wide(tables['table'], shown_metrics('image' if tiles else 'note'), simulated)
     colours = [look(m).colour for m in in_order(tables['table'].method)]
-    note = ('The tiles are simulated: drawings of nuclei after published descriptions of each tissue. Nothing here says how a method does on real tissue.' if tiles else
-            'The patients are simulated: findings are drawn from annotation frequencies, portraits are schematic drawings. Nothing here says how a method does on real patients.')
+    note = (
+        'The tiles are simulated: drawings of nuclei after published descriptions of each tissue. Nothing here says how a method does on real tissue.'
+        if tiles
+        else 'The patients are simulated: findings are drawn from annotation frequencies, portraits are schematic drawings. Nothing here says how a method does on real patients.'
+    )
     how = f'{footer}; per cent, below each value the 95 % interval from resampling groups. hfa: listed names that exist; coverage, avoidance, car: agreement with the teacher.'
     first, *others = headline(tables['table'], tables['differences'], footer) or ['']
     others += masking_sentences(run)
-    return section('Results', *([para(note)] if simulated else []), para(first), bullets(others), table_html(wide, how, colours))
+    return section(
+        'Results', *([para(note)] if simulated else []), para(first), bullets(others), table_html(wide, how, colours)
+    )
 
+# %% ../nbs/69_analysis.ipynb #0012-1
 def _small_tables(run: Run, tables: dict, footer: str) -> str:
     "Subgroups and the rankers over all of OMIM."
     simulated, html = not run.params.cohort.source, ''
-    for what, title, text in (('portrait', 'With and without a visible sign', 'Cases apart by whether the portrait shows any finding: only there can a second view add a named sign.'),
-                              ('note', 'Notes that tell the answer', 'Notes that hold the first phrase of the diagnosis or the symbol of the gene are no test; the rows without them are those to read.')):
-        out = [table_html(results_wide(t, ('top1', 'top5', 'top10', 'car'), simulated), f'{name}: {t.n.max()} of {footer}, per cent with 95 % intervals.') for name, t in tables['subgroups'].groupby('subgroup') if name.startswith(what)]
+    for what, title, text in (
+        (
+            'portrait',
+            'With and without a visible sign',
+            'Cases apart by whether the portrait shows any finding: only there can a second view add a named sign.',
+        ),
+        (
+            'note',
+            'Notes that tell the answer',
+            'Notes that hold the first phrase of the diagnosis or the symbol of the gene are no test; the rows without them are those to read.',
+        ),
+    ):
+        out = [
+            table_html(
+                results_wide(t, ('top1', 'top5', 'top10', 'car'), simulated),
+                f'{name}: {t.n.max()} of {footer}, per cent with 95 % intervals.',
+            )
+            for name, t in tables['subgroups'].groupby('subgroup')
+            if name.startswith(what)
+        ]
         if len(out) > 1: html += section(title, para(text), *out)
     if not len(tables['omim']): return html
     wide = results_wide(tables['omim'], ('top1', 'top3', 'top10', 'top50'), simulated)
-    what, where = {'gene': ('all genes with a disease', 'Among all genes')}.get(run.params.task, ('all diseases of OMIM', 'Among all of OMIM'))
-    text = (f'Here the candidates are {what} that the annotation file knows. Leak-controlled: without the annotations that rest on the '
-            'case’s own publication alone; strictly: also without those that it shares with others. Simulated patients have no publication.')
+    what, where = {'gene': ('all genes with a disease', 'Among all genes')}.get(
+        run.params.task, ('all diseases of OMIM', 'Among all of OMIM')
+    )
+    text = (
+        f'Here the candidates are {what} that the annotation file knows. Leak-controlled: without the annotations that rest on the '
+        'case’s own publication alone; strictly: also without those that it shares with others. Simulated patients have no publication.'
+    )
     return html + section(where, para(text), table_html(wide, f'{footer}, per cent with 95 % intervals.'))
 
 # %% ../nbs/69_analysis.ipynb #0013
@@ -108,34 +163,89 @@ def make_report(run: Run, answers: dict, tables: dict, cases: list[Case]) -> Non
     "Write the figures and `analysis/report.html`."
     p, catalogue, label = run.params, run.catalogue, run.task.label
     footer = cohort_name(run, len(cases))
-    figures = all_figures(tables['table'], tables['differences'], tables['per_case'], training_log(run, answers), cases, catalogue, label, footer,
-                          more=tile_figures(run, answers, cases, footer))
+    figures = all_figures(
+        tables['table'],
+        tables['differences'],
+        tables['per_case'],
+        training_log(run, answers),
+        cases,
+        catalogue,
+        label,
+        footer,
+        more=tile_figures(run, answers, cases, footer),
+    )
     with atomic_path(run/'analysis/figures') as tmp:
         for name, (fig, _) in figures.items(): save_figure(fig, tmp/name)
     shown = [figure_html(fig, caption) for fig, caption in figures.values()]
-    worked = NOT_SHOWN if not run.shows_cases else worked_cases_html(answers, cases, catalogue, label, run/'cases', p.analysis.worked_cases, p.cohort.seed, simulated=not p.cohort.source)
-    intro = 'Cases drawn at random by the seed, not chosen. ' + ('All methods are shown the tile; the teacher has also learnt from captions.' if run.task.view == 'image' else
-             'A student reads only the note; the teacher also sees the portrait, which is a schematic drawing and shows no real person.')
-    parts = [_results_section(run, tables, footer), section('Figures', *shown), _small_tables(run, tables, footer),
-             section('Worked cases', para(intro), worked), section('How it was made', how_made_html(p.model_dump(mode='json'), run.manifest), cards_html(run))]
-    badges = [footer, f'profile {p.profile}', f'{len(catalogue)} {run.task.noun}', f'seeds {", ".join(map(str, p.seeds))}']
+    worked = (
+        NOT_SHOWN
+        if not run.shows_cases
+        else worked_cases_html(
+            answers,
+            cases,
+            catalogue,
+            label,
+            run / 'cases',
+            p.analysis.worked_cases,
+            p.cohort.seed,
+            simulated=not p.cohort.source,
+        )
+    )
+    intro = 'Cases drawn at random by the seed, not chosen. ' + (
+        'All methods are shown the tile; the teacher has also learnt from captions.'
+        if run.task.view == 'image'
+        else 'A student reads only the note; the teacher also sees the portrait, which is a schematic drawing and shows no real person.'
+    )
+    parts = [
+        _results_section(run, tables, footer),
+        section('Figures', *shown),
+        _small_tables(run, tables, footer),
+        section('Worked cases', para(intro), worked),
+        section('How it was made', how_made_html(p.model_dump(mode='json'), run.manifest), cards_html(run)),
+    ]
+    badges = [
+        footer,
+        f'profile {p.profile}',
+        f'{len(catalogue)} {run.task.noun}',
+        f'seeds {", ".join(map(str, p.seeds))}',
+    ]
     page = page_html(f'{p.task.capitalize()} task: what the students learnt', badges, parts)
     check_page(run, page, run/'analysis/report.html')
     write_report(run/'analysis/report.html', page)
 
 # %% ../nbs/69_analysis.ipynb #0015
-_WRITES = ('table.parquet', 'table.md', 'differences.parquet', 'per_case.parquet', 'subgroups.parquet', 'omim.parquet', 'figures', 'checklist.md', 'report.html')
+_WRITES = (
+    'table.parquet',
+    'table.md',
+    'differences.parquet',
+    'per_case.parquet',
+    'subgroups.parquet',
+    'omim.parquet',
+    'figures',
+    'checklist.md',
+    'report.html',
+)
+
 
 def make_tables(run: Run, answers: dict, cases: list[Case]) -> dict[str, pd.DataFrame]:
     "Compute and write all tables."
     b, per_case = run.params.analysis.bootstrap, score_run(run, answers, cases)
-    tables = {'per_case': per_case, 'table': results_table(per_case, b), 'differences': difference_table(per_case, 'mint', b),
-              'subgroups': subgroup_table(run, per_case, cases), 'omim': omim_table(run, cases)}
+    tables = {
+        'per_case': per_case,
+        'table': results_table(per_case, b),
+        'differences': difference_table(per_case, 'mint', b),
+        'subgroups': subgroup_table(run, per_case, cases),
+        'omim': omim_table(run, cases),
+    }
     tables = {k: named(run, t) for k, t in tables.items()}
     for name, t in tables.items(): write_table(run/f'analysis/{name}.parquet', t)
     note = f'{cohort_name(run, len(cases))} ({tables["table"].groups.max()} groups), per cent with 95 % intervals. Research use only.'
-    with atomic_path(run/'analysis/checklist.md') as tmp: tmp.write_text(checklist_markdown(checklist(run, tables['table'])))
-    with atomic_path(run/'analysis/table.md') as tmp: tmp.write_text(results_markdown(results_wide(tables['table'], shown_metrics(run.task.view), labels=False), note))
+    with atomic_path(run / 'analysis/checklist.md') as tmp:
+        tmp.write_text(checklist_markdown(checklist(run, tables['table'])))
+    with atomic_path(run / 'analysis/table.md') as tmp:
+        tmp.write_text(
+            results_markdown(results_wide(tables['table'], shown_metrics(run.task.view), labels=False), note)
+        )
     return tables
 
 # %% ../nbs/69_analysis.ipynb #0016
@@ -146,9 +256,30 @@ def analysis(run: Run) -> dict:
     files, view = answer_files(run), run.params.teacher.view
     logs = [f'align/{m}-{s}/log.parquet' for m, s in files if (run/f'align/{m}-{s}/log.parquet').exists()]
     held = [f'upstream/{view}-{s}/heldout.parquet' for s in run.params.seeds]
-    omim = [p.relative_to(run.path).as_posix() for f in ('predictions/omim-*.parquet', 'attribution/*/*.parquet') for p in sorted(run.path.glob(f))]
-    reads = ['cases/cases.parquet', 'cases/catalogue.json', *held, *logs, *(p.relative_to(run.path).as_posix() for p in files.values()), *omim]
+    omim = [
+        p.relative_to(run.path).as_posix()
+        for f in ('predictions/omim-*.parquet', 'attribution/*/*.parquet')
+        for p in sorted(run.path.glob(f))
+    ]
+    reads = [
+        'cases/cases.parquet',
+        'cases/catalogue.json',
+        *held,
+        *logs,
+        *(p.relative_to(run.path).as_posix() for p in files.values()),
+        *omim,
+    ]
+
     def body():
         answers, cases = {k: read_table(p) for k, p in files.items()}, run.cases('test')
         make_report(run, answers, make_tables(run, answers, cases), cases)
-    return run_stage(run, 'analysis', body, 'mint_nb.analysis', ['pairs', 'analysis', 'seeds', 'task', 'methods', 'show_cases'], reads, [f'analysis/{w}' for w in _WRITES])
+
+    return run_stage(
+        run,
+        'analysis',
+        body,
+        'mint_nb.analysis',
+        ['pairs', 'analysis', 'seeds', 'task', 'methods', 'show_cases'],
+        reads,
+        [f'analysis/{w}' for w in _WRITES],
+    )

@@ -31,7 +31,13 @@ from .align import align, load_aligned, needs_warm_up
 def mean_colour(images: Sequence[Path | str]) -> np.ndarray:   # (3,) bytes
     "Mean colour of some tiles."
     from PIL import Image
-    return np.mean([np.asarray(Image.open(i).convert('RGB')).reshape(-1, 3).mean(0) for i in images], axis=0).round().astype(np.uint8)
+
+    return (
+        np.mean([np.asarray(Image.open(i).convert('RGB')).reshape(-1, 3).mean(0) for i in images], axis=0)
+        .round()
+        .astype(np.uint8)
+    )
+
 
 def covered(
     image: Path | str,
@@ -63,9 +69,15 @@ def tile_map(
     tower, kept, plain = tower_of(ranker.student), [], ((torch.as_tensor(fill).float()/255 - .5)/.25)[:, None, None]
     way = ((torch.arange(steps) + .5)/steps)[:, None, None, None]
     def walk(module, args):
-        c = plain.to(args[0].device); d = args[0].detach() - c
-        kept.extend([(c + way.to(c.device)*d).requires_grad_(), d]); return (kept[0],)
-    item, handle = Item(case.id, ranker.context(case), [list(ranker.trie.inner[answer])], ranker.image(case)), tower.register_forward_pre_hook(walk)
+        c = plain.to(args[0].device)
+        d = args[0].detach() - c
+        kept.extend([(c + way.to(c.device) * d).requires_grad_(), d])
+        return (kept[0],)
+
+    item, handle = (
+        Item(case.id, ranker.context(case), [list(ranker.trie.inner[answer])], ranker.image(case)),
+        tower.register_forward_pre_hook(walk),
+    )
     try: Engine.logps(ranker.engine, [item]*steps).chosen.sum().backward()
     finally: handle.remove()
     ranker.student.model.zero_grad()
@@ -77,7 +89,8 @@ def tower_of(student: 'Student') -> 'VisionTower':
     "The tower of a student; where PEFT keeps a trained copy of it, the copy."
     from mint_nb.vision import VisionTower
     tower = student.vision.modules_to_save['default'] if hasattr(student.vision, 'modules_to_save') else student.vision
-    if not isinstance(tower, VisionTower): raise InputError('has no tower whose cells could be told apart', field='student.model', record=student.name)
+    if not isinstance(tower, VisionTower):
+        raise InputError('has no tower whose cells could be told apart', field='student.model', record=student.name)
     return tower
 
 # %% ../nbs/57_attribution.ipynb #0017
@@ -91,12 +104,12 @@ def true_answer(ranker: 'CandidateRanker', case: Case, image: Path | str) -> tup
 # %% ../nbs/57_attribution.ipynb #0019
 def masking_check(
     ranker: 'CandidateRanker',
-    cases: Sequence[Case],   # with a label
-    maps: dict[str, np.ndarray],   # case id to the map of its true answer
-    share: float = .25,      # of the cells that are covered
-    draws: int = 3,          # random choices of cells for each tile
+    cases: Sequence[Case],  # with a label
+    maps: dict[str, np.ndarray],  # case id to the map of its true answer
+    share: float = 0.25,  # of the cells that are covered
+    draws: int = 3,  # random choices of cells for each tile
     seed: int = 0,
-) -> 'pd.DataFrame':         # case_id, group; whole, top, random: probability of the true answer; whole_right, ...: share of answers that are right
+) -> 'pd.DataFrame':  # case_id, group; whole, top, random: probability of the true answer; whole_right, ...: share of answers that are right
     "What covering the most important cells does to the answer, against covering random ones."
     import pandas as pd
     from mint_nb.tasks import images_of
@@ -111,18 +124,30 @@ def masking_check(
                 got.append(true_answer(ranker, c, path))
             p, right = np.array(got, float).T
             rows.append((c.id, c.group or c.id, p[0], p[1], p[2:].mean(), right[0], right[1], right[2:].mean()))
-    return pd.DataFrame(rows, columns=['case_id', 'group', 'whole', 'top', 'random', 'whole_right', 'top_right', 'random_right'])
+    return pd.DataFrame(
+        rows, columns=['case_id', 'group', 'whole', 'top', 'random', 'whole_right', 'top_right', 'random_right']
+    )
 
 # %% ../nbs/57_attribution.ipynb #0020
 def masking_effect(
-    table: 'pd.DataFrame',    # from `masking_check`
-    bootstrap: int = 2000,    # resamples of groups
-    suffix: str = '_right',   # '_right' compares accuracies, '' probabilities of the true answer
-) -> dict[str, float]:        # whole; lost by covering important cells, by covering random ones, and the difference with its 95 % interval
+    table: 'pd.DataFrame',  # from `masking_check`
+    bootstrap: int = 2000,  # resamples of groups
+    suffix: str = '_right',  # '_right' compares accuracies, '' probabilities of the true answer
+) -> dict[
+    str, float
+]:  # whole; lost by covering important cells, by covering random ones, and the difference with its 95 % interval
     "How much more is lost under the cells that the map calls important."
     whole, top, random = (table[f'{c}{suffix}'].to_numpy() for c in ('whole', 'top', 'random'))
     diff, lo, hi = grouped_bootstrap(random - top, table.group.tolist(), bootstrap)
-    return dict(whole=float(whole.mean()), top=float((whole - top).mean()), random=float((whole - random).mean()), diff=diff, lo=lo, hi=hi, n=len(table))
+    return dict(
+        whole=float(whole.mean()),
+        top=float((whole - top).mean()),
+        random=float((whole - random).mean()),
+        diff=diff,
+        lo=lo,
+        hi=hi,
+        n=len(table),
+    )
 
 # %% ../nbs/57_attribution.ipynb #0009-26
 MAPPED = 38     # tiles that are mapped
@@ -136,7 +161,9 @@ def attribute(run: Run, method: str = 'mint', seed: int = 0) -> dict:
         import pandas as pd
         from mint_nb.candidates import CandidateRanker
         task, catalogue = run.task, run.catalogue
-        ranker = CandidateRanker(load_aligned(run, method, seed), task, catalogue, run.k, p.student.max_prompt, folder=run/'cases')
+        ranker = CandidateRanker(
+            load_aligned(run, method, seed), task, catalogue, run.k, p.student.max_prompt, folder=run / 'cases'
+        )
         cases = [c for c in run.cases('test') if c.labels.get(task.label) in catalogue]
         cases = [cases[i] for i in np.random.default_rng(p.cohort.seed).permutation(len(cases))[:MAPPED]]
         cover = mean_colour([ranker.image(c) for c in cases])
@@ -144,4 +171,14 @@ def attribute(run: Run, method: str = 'mint', seed: int = 0) -> dict:
         rows = [(i, k, v) for i, m in maps.items() for k, v in enumerate(m.flatten().tolist())]
         write_table(run/f'{out}/maps.parquet', pd.DataFrame(rows, columns=['case_id', 'cell', 'value']))
         write_table(run/f'{out}/masking.parquet', masking_check(ranker, cases, maps, seed=seed))
-    return run_stage(run, out, body, 'mint_nb.attribution', ['pairs', 'student', 'task'], reads, [f'{out}/maps.parquet', f'{out}/masking.parquet'], [method, seed])
+
+    return run_stage(
+        run,
+        out,
+        body,
+        'mint_nb.attribution',
+        ['pairs', 'student', 'task'],
+        reads,
+        [f'{out}/maps.parquet', f'{out}/masking.parquet'],
+        [method, seed],
+    )

@@ -37,8 +37,10 @@ def catalogue_of(
     if unknown: raise InputError('the disease is not in the annotation file', record=unknown[0], field='disease_ids')
     key = {d: Catalogue({d: ontology.diseases[d]})._fuzzy[0] for d in ids}
     count = pd.Series(key).value_counts()
-    return Catalogue({d: ontology.diseases[d] if count[key[d]] == 1 else f'{ontology.diseases[d]} ({d[5:]})' for d in ids},
-                     {d: ontology.disease_synonyms(d) for d in ids})
+    return Catalogue(
+        {d: ontology.diseases[d] if count[key[d]] == 1 else f'{ontology.diseases[d]} ({d[5:]})' for d in ids},
+        {d: ontology.disease_synonyms(d) for d in ids},
+    )
 
 # %% ../nbs/52_baselines.ipynb #0010
 def finding_matrix(
@@ -102,7 +104,12 @@ def _descriptors(obj: Any) -> Iterator[tuple[str, str]]:
     todo = [obj]                 # a stack: a file may be nested deeper than Python recurses
     while todo:
         at = todo.pop()
-        if isinstance(at, dict) and isinstance(at.get('symbol'), str) and str(at.get('valueId', '')).startswith('HGNC:'): yield at['symbol'], at['valueId']
+        if (
+            isinstance(at, dict)
+            and isinstance(at.get('symbol'), str)
+            and str(at.get('valueId', '')).startswith('HGNC:')
+        ):
+            yield at['symbol'], at['valueId']
         todo += reversed(list(at.values()) if isinstance(at, dict) else at if isinstance(at, list) else [])
 
 # %% ../nbs/52_baselines.ipynb #0028
@@ -110,7 +117,8 @@ def gene_names(
     source: Path | str,          # phenopackets (as for `load_cases`), or HGNC's table (.txt, .tsv)
 ) -> dict[str, list[str]]:       # symbol to HGNC id, then aliases and former symbols as far as the source has them
     "Other names of genes."
-    if Path(source).suffix not in ('.txt', '.tsv'): return {s: [i] for _, obj in documents(source) for s, i in _descriptors(obj)}
+    if Path(source).suffix not in ('.txt', '.tsv'):
+        return {s: [i] for _, obj in documents(source) for s, i in _descriptors(obj)}
     t = read_tsv(source, ('hgnc_id', 'symbol', 'alias_symbol', 'prev_symbol'))
     split = lambda text: [n for n in text.strip('"').split('|') if n]
     return {s: [i, *split(a), *split(p)] for i, s, a, p in zip(t.hgnc_id, t.symbol, t.alias_symbol, t.prev_symbol)}
@@ -123,7 +131,8 @@ def gene_catalogue(
 ) -> GeneCatalogue:                            # keyed by symbol
     "A catalogue of genes, with their identifiers and other names as synonyms."
     known, names = diseases_of_genes(ontology), names or {}
-    if symbols is None: symbols = sorted(g for g, ds in known.items() if ':' not in g and any(ontology.disease_findings(d) for d in ds))
+    if symbols is None:
+        symbols = sorted(g for g, ds in known.items() if ':' not in g and any(ontology.disease_findings(d) for d in ds))
     ncbi = {s: [] for s in symbols}
     for i, s in zip(*(ontology._column('genes', c) for c in ('gene_id', 'symbol'))):
         if s in ncbi and i not in ncbi[s]: ncbi[s].append(i)
@@ -164,7 +173,10 @@ def genes_from_diseases(
         for d, score in zip(t.answer_id, t.score):
             for g in genes_of_disease(ontology, d or ''):
                 if (i := catalogue.resolve(g).id): first.setdefault(i, score)
-        rows += [dict(case_id=case_id, rank=r, answer_id=i, written=catalogue.names[i], score=s) for r, (i, s) in enumerate(list(first.items())[:top], 1)]
+        rows += [
+            dict(case_id=case_id, rank=r, answer_id=i, written=catalogue.names[i], score=s)
+            for r, (i, s) in enumerate(list(first.items())[:top], 1)
+        ]
     return make_rankings(rows)
 
 # %% ../nbs/52_baselines.ipynb #0044
@@ -222,7 +234,13 @@ class NaiveBayesRanker:
         use_excluded: bool = False,                      # count absent findings
         name: Optional[str] = None,                      # row name; None: from the settings
     ):
-        self.ontology, self.catalogue, self.view, self.leak_control, self.noise = ontology, catalogue, view, leak_control, noise
+        self.ontology, self.catalogue, self.view, self.leak_control, self.noise = (
+            ontology,
+            catalogue,
+            view,
+            leak_control,
+            noise,
+        )
         clean = {False: '', True: '_clean', 'strict': '_strict'}[leak_control]
         self.name = name or f"naive_bayes{clean}{'_both' if view == 'all' else ''}"
         self.use_excluded, self.background = use_excluded, background_frequencies(ontology)
@@ -270,8 +288,16 @@ def rank_in_blocks(
     for i in range(0, len(cases), block):
         part = cases[i:i + block]
         S = ranker.scores(part)
-        out.append(rankings_from_scores([c.id for c in part], S, ranker.catalogue, top, bottom, softmax(S, axis=1) if probabilities else None))
-    return pd.concat(out, ignore_index=True) if out else rankings_from_scores([], np.zeros((0, len(ranker.catalogue))), ranker.catalogue)
+        out.append(
+            rankings_from_scores(
+                [c.id for c in part], S, ranker.catalogue, top, bottom, softmax(S, axis=1) if probabilities else None
+            )
+        )
+    return (
+        pd.concat(out, ignore_index=True)
+        if out
+        else rankings_from_scores([], np.zeros((0, len(ranker.catalogue))), ranker.catalogue)
+    )
 
 # %% ../nbs/52_baselines.ipynb #0066
 @patch
@@ -304,7 +330,9 @@ def best_known(
         row = np.maximum.reduce(up) if up else np.zeros(known.shape[0], np.float32)
         j = ontology.index[t]
         has = known.indices[known.indptr[j]:known.indptr[j + 1]]
-        if len(has): row = row.copy(); row[has] = ic[j]
+        if len(has):
+            row = row.copy()
+            row[has] = ic[j]
         best[t] = row
     return np.stack([best[t] for t in terms]) if len(terms) else np.zeros((0, known.shape[0]), np.float32)
 
@@ -355,9 +383,17 @@ class LinearRanker:
         from sklearn.linear_model import LogisticRegression
         cases = [c for c in cases if c.labels.get(label) in catalogue]
         y = np.array([catalogue.index[c.labels[label]] for c in cases])
-        if len(set(y)) < 2: raise InputError(f'a linear model needs cases of two answers, there are {len(set(y))}', field=f'labels.{label}')
+        if len(set(y)) < 2:
+            raise InputError(
+                f'a linear model needs cases of two answers, there are {len(set(y))}', field=f'labels.{label}'
+            )
         X = close_upwards(finding_matrix(cases, ontology, view), ontology)
-        if not X.nnz: raise InputError('no training case has a finding, and a linear model reads findings, not notes', field='phenotypes', hint='leave the method out')
+        if not X.nnz:
+            raise InputError(
+                'no training case has a finding, and a linear model reads findings, not notes',
+                field='phenotypes',
+                hint='leave the method out',
+            )
         columns = np.unique(X.indices)
         model = LogisticRegression(C=C, max_iter=300, random_state=seed).fit(X[:, columns], y)
         return cls(model, columns, ontology, catalogue, view)
@@ -390,4 +426,6 @@ def run_answers(
     "The answers of a run, as written names are resolved."
     catalogue, source = run.catalogue, run.params.cohort.source
     if run.task.label != 'gene': return catalogue
-    return gene_catalogue(ontology, catalogue.ids, gene_names(source) if ids and source and Path(source).exists() else None)
+    return gene_catalogue(
+        ontology, catalogue.ids, gene_names(source) if ids and source and Path(source).exists() else None
+    )

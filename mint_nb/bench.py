@@ -47,22 +47,52 @@ def bench_items(s: Setting, vocab: int, seed: int = 0) -> list[Item]:
     return [Item(str(i), tokens(s.prompt), [tokens(s.answer) for _ in range(1 + s.rejected)]) for i in range(s.batch)]
 
 # %% ../nbs/84_bench.ipynb #0010
-SHAPES = {'llama-3b': dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
-          'small': dict(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)}
+SHAPES = {
+    'llama-3b': dict(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    'small': dict(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+}
+
 
 def blank_tokenizer() -> PreTrainedTokenizerFast:
     "A tokenizer of bytes, with an end, a padding token and a chat template."
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     t = Tokenizer(models.BPE(vocab=letters, merges=[]))
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=EOS, pad_token=PAD, chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: ")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: ",
+    )
 
 # %% ../nbs/84_bench.ipynb #0011
-def shape_student(shape: str, dtype: Optional[torch.dtype] = None) -> Student:   # dtype: None for bfloat16 on CUDA, float32 elsewhere
+def shape_student(
+    shape: str, dtype: Optional[torch.dtype] = None
+) -> Student:  # dtype: None for bfloat16 on CUDA, float32 elsewhere
     "A model of random weights in a known shape."
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
-    with torch.device('cuda' if gpu else 'cpu'): model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **SHAPES[shape])).to(dtype or (torch.bfloat16 if gpu else torch.float32))
+    with torch.device('cuda' if gpu else 'cpu'):
+        model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **SHAPES[shape])).to(
+            dtype or (torch.bfloat16 if gpu else torch.float32)
+        )
     return Student(model.eval(), blank_tokenizer(), shape)
 
 def bench_student(s: Setting, model: str = 'smollm2', dtype: Optional[torch.dtype] = None) -> Student:
@@ -79,22 +109,46 @@ class SeparateRows(Engine):
     "The engine without its idea: a row for each answer."
     def logps(self, items, prompt=False):
         items = [items] if isinstance(items, Item) else items
-        alone = [[super(SeparateRows, self).logps(Item(i.case_id, i.prompt, [a]), prompt) for a in i.answers] for i in items]
+        alone = [
+            [super(SeparateRows, self).logps(Item(i.case_id, i.prompt, [a]), prompt) for a in i.answers] for i in items
+        ]
         cat = lambda name, pick: torch.cat([getattr(lp, name) for it in alone for lp in it[pick]])
         owner = torch.tensor([n for n, it in enumerate(alone) for _ in it[1:]], device=self.device)
         first, rest = slice(0, 1), slice(1, None)
-        return Logps(cat('chosen', first), cat('chosen', rest), cat('chosen_len', first), cat('chosen_len', rest), owner,
-                     *((cat('prompt', first), cat('prompt_len', first)) if prompt else ()))
+        return Logps(
+            cat('chosen', first),
+            cat('chosen', rest),
+            cat('chosen_len', first),
+            cat('chosen_len', rest),
+            owner,
+            *((cat('prompt', first), cat('prompt_len', first)) if prompt else ()),
+        )
 
 # %% ../nbs/84_bench.ipynb #0015
-WAYS = {'TRL': None, 'needed logits': dict(kind=SeparateRows, budget=1), 'shared prompt': dict(budget=1), 'packed': dict(budget=10**6),
-        'response': dict(budget=1, nll_on='response'), 'cached': dict(nll_on='response', cached=True), 'packed response': dict(budget=10**6, nll_on='response'),
-        'TRL compiled': None, 'compiled': dict(budget=10**6, compiled=True), 'compiled response': dict(budget=10**6, nll_on='response', compiled=True)}
+WAYS = {
+    'TRL': None,
+    'needed logits': dict(kind=SeparateRows, budget=1),
+    'shared prompt': dict(budget=1),
+    'packed': dict(budget=10**6),
+    'response': dict(budget=1, nll_on='response'),
+    'cached': dict(nll_on='response', cached=True),
+    'packed response': dict(budget=10**6, nll_on='response'),
+    'TRL compiled': None,
+    'compiled': dict(budget=10**6, compiled=True),
+    'compiled response': dict(budget=10**6, nll_on='response', compiled=True),
+}
 
 # %% ../nbs/84_bench.ipynb #0016
 def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> Callable[[], float]:
     "A function that takes a step one way, and leaves the gradients in the model."
-    how: dict[str, Any] = {'nll_on': 'trl', 'cached': False, 'kind': Engine, 'budget': 0, 'compiled': False, **(WAYS[way] or {})}
+    how: dict[str, Any] = {
+        'nll_on': 'trl',
+        'cached': False,
+        'kind': Engine,
+        'budget': 0,
+        'compiled': False,
+        **(WAYS[way] or {}),
+    }
     params = TrainParams(batch=len(items), nll_on=how['nll_on'], beta=.1)
     settings = trainer_settings(params, folder, 1, 1e-4, 0)
     base, layers, fast = student.model.get_base_model(), parts_of(student.model)[0].layers, None
@@ -106,12 +160,15 @@ def stepper(student: Student, items: Sequence[Item], way: str, folder: str) -> C
         if way == 'TRL compiled': fast = [torch.compile(l._call_impl) for l in layers]
     else:
         engine = how['kind'](student, TensorStore(), how['cached'], how['budget'], compiled=how['compiled'])
-        trainer = PreferenceTrainer(student, engine, 'orpo', params, args=TrainingArguments(**settings), train_dataset=list(items))
+        trainer = PreferenceTrainer(
+            student, engine, 'orpo', params, args=TrainingArguments(**settings), train_dataset=list(items)
+        )
         inputs = lambda: {'items': list(items)}
     trainer.current_gradient_accumulation_steps, attention = 1, base.config._attn_implementation
     def step():
-        base.set_attn_implementation(attention)      # the ways share a model and, on CUDA, not the attention
-        for l, f in zip(layers, fast or [None]*len(layers)): l._compiled_call_impl = f      # what Module.compile sets, for this way alone
+        base.set_attn_implementation(attention)  # the ways share a model and, on CUDA, not the attention
+        for l, f in zip(layers, fast or [None] * len(layers)):
+            l._compiled_call_impl = f  # what Module.compile sets, for this way alone
         student.model.zero_grad()
         loss = float(trainer.training_step(student.model, inputs()))
         if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -123,7 +180,9 @@ def gradient(student: Student) -> torch.Tensor:
     "All gradients as one vector."
     return torch.cat([p.grad.flatten().float() for p in student.model.parameters() if p.grad is not None])
 
-def differences(s: Setting, model: str, folder: str, ways: Sequence[str] = ('needed logits', 'shared prompt', 'packed')) -> dict[str, tuple[float, float]]:
+def differences(
+    s: Setting, model: str, folder: str, ways: Sequence[str] = ('needed logits', 'shared prompt', 'packed')
+) -> dict[str, tuple[float, float]]:
     "By way, relative difference to TRL's loss, and of the gradient vector in its norm."
     student = bench_student(s, model)
     items = bench_items(s, student.model.config.vocab_size)
@@ -138,20 +197,30 @@ def differences(s: Setting, model: str, folder: str, ways: Sequence[str] = ('nee
 def work(student: Student, s: Setting, items: Sequence[Item], way: str) -> float:
     "Multiplications of a step, in 10^9."
     pairs = [(len(i.prompt), len(i.answers[0]), len(a)) for i in items for a in i.answers[1:]]
-    if way == 'TRL': tokens = read = 2*len(pairs)*max(p + max(a, b) for p, a, b in pairs)
-    elif way == 'needed logits': tokens, read = sum(len(i.prompt) + len(a) for i in items for a in i.answers), sum(map(len, items))
-    else: tokens, read = sum(map(len, items)), sum(len(i) - len(i.prompt)*(way in ('response', 'cached')) for i in items)
+    if way == 'TRL':
+        tokens = read = 2 * len(pairs) * max(p + max(a, b) for p, a, b in pairs)
+    elif way == 'needed logits':
+        tokens, read = sum(len(i.prompt) + len(a) for i in items for a in i.answers), sum(map(len, items))
+    else:
+        tokens, read = (
+            sum(map(len, items)),
+            sum(len(i) - len(i.prompt) * (way in ('response', 'cached')) for i in items),
+        )
     return count_work(student, tokens, read, s.layers, cached=way == 'cached').top
 
 # %% ../nbs/84_bench.ipynb #0024
-def take_turns(steps: dict[str, Callable[[], Any]], repeats: int, desc: str) -> pd.DataFrame:   # seconds, a row for each turn
+def take_turns(
+    steps: dict[str, Callable[[], Any]], repeats: int, desc: str
+) -> pd.DataFrame:  # seconds, a row for each turn
     "Time functions in turns, after one step each to warm up."
     for f in steps.values(): f()
     rows = []
     for _ in progress(range(repeats), desc):
         row = {}
         for name, f in steps.items():
-            start = time.perf_counter(); f(); row[name] = time.perf_counter() - start
+            start = time.perf_counter()
+            f()
+            row[name] = time.perf_counter() - start
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -160,11 +229,23 @@ def compare(s: Setting, ways: Sequence[str], model: str, repeats: int, folder: s
     "Seconds, ratios to TRL with their spread, and bounds, of some ways in one setting."
     student = bench_student(s, model)
     items = bench_items(s, student.model.config.vocab_size, seed)
-    times = take_turns({w: stepper(student, items, w, folder) for w in ['TRL', *ways]}, repeats, f'prompt {s.prompt}, answer {s.answer}, rejected {s.rejected}')
-    out, all_work = {'setting': s._asdict(), 'seconds': {w: round(t.median(), 3) for w, t in times.items()}}, work(student, s, items, 'TRL')
+    times = take_turns(
+        {w: stepper(student, items, w, folder) for w in ['TRL', *ways]},
+        repeats,
+        f'prompt {s.prompt}, answer {s.answer}, rejected {s.rejected}',
+    )
+    out, all_work = (
+        {'setting': s._asdict(), 'seconds': {w: round(t.median(), 3) for w, t in times.items()}},
+        work(student, s, items, 'TRL'),
+    )
     for w in ways:
         ratio = times['TRL']/times[w]
-        out[w] = dict(ratio=round(ratio.median(), 2), low=round(ratio.min(), 2), high=round(ratio.max(), 2), bound=round(all_work/work(student, s, items, w), 2))
+        out[w] = dict(
+            ratio=round(ratio.median(), 2),
+            low=round(ratio.min(), 2),
+            high=round(ratio.max(), 2),
+            bound=round(all_work / work(student, s, items, w), 2),
+        )
     return out
 
 # %% ../nbs/84_bench.ipynb #0028
@@ -193,12 +274,24 @@ def measure_speed(model: str, repeats: int, base: Setting, folder: str) -> dict:
     depth = max(1, 8*bench_student(base, model).model.config.num_hidden_layers//30)
     both = ('shared prompt', 'response')
     off = differences(base, model, folder)
-    return dict(loss_diff=max(v[0] for v in off.values()), grad_diff=max(v[1] for v in off.values()),
-                ladder=compare(base, ('needed logits', 'shared prompt', 'packed', 'response'), model, repeats, folder),
-                cached=compare(base._replace(layers=depth), ('response', 'cached'), model, repeats, folder),
-                rejected={str(n): compare(base._replace(rejected=n), both, model, repeats if n == 4 else min(2, repeats), folder) for n in (2, 4)},
-                lengths=[compare(base._replace(prompt=p, answer=a), both, model, min(2, repeats), folder)
-                         for p, a in ((base.prompt//2, base.answer//2), (2*base.prompt, base.answer//2), (base.prompt//2, 2*base.answer))])
+    return dict(
+        loss_diff=max(v[0] for v in off.values()),
+        grad_diff=max(v[1] for v in off.values()),
+        ladder=compare(base, ('needed logits', 'shared prompt', 'packed', 'response'), model, repeats, folder),
+        cached=compare(base._replace(layers=depth), ('response', 'cached'), model, repeats, folder),
+        rejected={
+            str(n): compare(base._replace(rejected=n), both, model, repeats if n == 4 else min(2, repeats), folder)
+            for n in (2, 4)
+        },
+        lengths=[
+            compare(base._replace(prompt=p, answer=a), both, model, min(2, repeats), folder)
+            for p, a in (
+                (base.prompt // 2, base.answer // 2),
+                (2 * base.prompt, base.answer // 2),
+                (base.prompt // 2, 2 * base.answer),
+            )
+        ],
+    )
 
 # %% ../nbs/84_bench.ipynb #0032
 def bench(
@@ -211,20 +304,46 @@ def bench(
     gpu = torch.cuda.is_available()
     model, f = model or ('llama-3b' if gpu else 'smollm2'), Path(out)/('gpu.json' if gpu else 'cpu.json')
     with tempfile.TemporaryDirectory() as d: found = measure_speed(model, repeats, base, d)
-    memory, same = {w: round(peak_memory(w, model, base)) for w in ('TRL', 'shared prompt', 'response')}, 'shared prompt'
-    kept = {k: v for k, v in read_json(f).items() if k in ('step', 'memory', 'tests', 'failures', 'run', 'seconds')} if f.exists() else {}     # of gpu-check
-    return write_json(f, dict(**kept,
-        speed_ratio=found['ladder'][same]['ratio'], speed_ratio_response=found['ladder']['response']['ratio'], memory_ratio=round(memory[same]/memory['TRL'], 2),
-        memory_ratio_response=round(memory['response']/memory['TRL'], 2), speed_ratio_4_rejected=found['rejected']['4']['response']['ratio'],
-        speed_ratio_cached=found['cached']['cached']['ratio'], repeats=repeats, model=model, device=device_name(), processor=processor(),
-        versions=versions(), date=time.strftime('%Y-%m-%d'), memory_mb=memory, **found))
+    memory, same = (
+        {w: round(peak_memory(w, model, base)) for w in ('TRL', 'shared prompt', 'response')},
+        'shared prompt',
+    )
+    kept = (
+        {k: v for k, v in read_json(f).items() if k in ('step', 'memory', 'tests', 'failures', 'run', 'seconds')}
+        if f.exists()
+        else {}
+    )  # of gpu-check
+    return write_json(
+        f,
+        dict(
+            **kept,
+            speed_ratio=found['ladder'][same]['ratio'],
+            speed_ratio_response=found['ladder']['response']['ratio'],
+            memory_ratio=round(memory[same] / memory['TRL'], 2),
+            memory_ratio_response=round(memory['response'] / memory['TRL'], 2),
+            speed_ratio_4_rejected=found['rejected']['4']['response']['ratio'],
+            speed_ratio_cached=found['cached']['cached']['ratio'],
+            repeats=repeats,
+            model=model,
+            device=device_name(),
+            processor=processor(),
+            versions=versions(),
+            date=time.strftime('%Y-%m-%d'),
+            memory_mb=memory,
+            **found,
+        ),
+    )
 
 # %% ../nbs/84_bench.ipynb #0033
 def processor() -> str:
     "Name of the processor, as the system gives it."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     info = Path('/proc/cpuinfo')
-    lines = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    lines = (
+        [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')]
+        if info.exists()
+        else []
+    )
     return f'{lines[0]}, {torch.get_num_threads()} threads' if lines else ''
 
 # %% ../nbs/84_bench.ipynb #0035
@@ -233,17 +352,33 @@ def bench_table(
 ) -> pd.DataFrame:
     "Ratios to TRL, their bounds, and what they stand for."
     found = found if found and 'ladder' in found else None      # gpu-check writes into gpu.json too
-    rows = [('same loss, prompt shared', 'ladder', 'shared prompt'), ('  needed logits only, rows not shared', 'ladder', 'needed logits'), ('  whole batch in one row', 'ladder', 'packed'),
-            ('likelihood on the answer only', 'ladder', 'response'), ('4 rejected answers, against 4 pairs', 'rejected.4', 'response'), ('top layers only, cached, second epoch', 'cached', 'cached')]
+    rows = [
+        ('same loss, prompt shared', 'ladder', 'shared prompt'),
+        ('  needed logits only, rows not shared', 'ladder', 'needed logits'),
+        ('  whole batch in one row', 'ladder', 'packed'),
+        ('likelihood on the answer only', 'ladder', 'response'),
+        ('4 rejected answers, against 4 pairs', 'rejected.4', 'response'),
+        ('top layers only, cached, second epoch', 'cached', 'cached'),
+    ]
     out = []
     for label, where, way in rows:
         cell = found or {}
         for k in where.split('.') if found else (): cell = cell[k]
         r = cell[way] if found else None
-        out.append([label, f"{r['ratio']:.2f}" if r else 'not yet measured', f"{r['low']:.2f} to {r['high']:.2f}" if r else '', f"{r['bound']:.2f}" if r else '',
-                    f"{r['ratio']/r['bound']:.0%}" if r else ''])
+        out.append(
+            [
+                label,
+                f"{r['ratio']:.2f}" if r else 'not yet measured',
+                f"{r['low']:.2f} to {r['high']:.2f}" if r else '',
+                f"{r['bound']:.2f}" if r else '',
+                f"{r['ratio'] / r['bound']:.0%}" if r else '',
+            ]
+        )
     memory = f"{found['memory_ratio']:.2f}" if found else 'not yet measured'
-    return pd.DataFrame([*out, ['peak memory, same loss, share of TRL', memory, '', '', '']], columns=['step', 'times as fast as TRL', 'range', 'bound by counting', 'share of bound']).set_index('step')
+    return pd.DataFrame(
+        [*out, ['peak memory, same loss, share of TRL', memory, '', '', '']],
+        columns=['step', 'times as fast as TRL', 'range', 'bound by counting', 'share of bound'],
+    ).set_index('step')
 
 # %% ../nbs/84_bench.ipynb #0036
 def committed(name: str) -> Optional[dict]:
@@ -256,22 +391,39 @@ def committed(name: str) -> Optional[dict]:
 def detail_table(found: dict) -> pd.DataFrame:
     "Seconds of a TRL step and ratios, by setting."
     parts = [found['ladder'], *found['rejected'].values(), *found['lengths']]
-    return pd.DataFrame([{**{k: v for k, v in p['setting'].items() if k in ('prompt', 'answer', 'rejected')}, 'TRL, s': p['seconds']['TRL'],
-                          'same loss': p['shared prompt']['ratio'], 'bound': p['shared prompt']['bound'], 'answer only': p['response']['ratio']} for p in parts])
+    return pd.DataFrame(
+        [
+            {
+                **{k: v for k, v in p['setting'].items() if k in ('prompt', 'answer', 'rejected')},
+                'TRL, s': p['seconds']['TRL'],
+                'same loss': p['shared prompt']['ratio'],
+                'bound': p['shared prompt']['bound'],
+                'answer only': p['response']['ratio'],
+            }
+            for p in parts
+        ]
+    )
 
 # %% ../nbs/84_bench.ipynb #0044
 def bench_figure(found: dict) -> Any:
     "Time of a step as a share of TRL's, by way."
     import matplotlib.pyplot as plt
-    bars = [('TRL', dict(ratio=1, low=1, high=1, bound=1))] + [(w, found['ladder'][w]) for w in ('needed logits', 'shared prompt', 'response')]
-    bars += [(f'{n} rejected', found['rejected'][n]['response']) for n in ('2', '4')] + [('cached depth', found['cached']['cached'])]
+
+    bars = [('TRL', dict(ratio=1, low=1, high=1, bound=1))] + [
+        (w, found['ladder'][w]) for w in ('needed logits', 'shared prompt', 'response')
+    ]
+    bars += [(f'{n} rejected', found['rejected'][n]['response']) for n in ('2', '4')] + [
+        ('cached depth', found['cached']['cached'])
+    ]
     fig, ax = plt.subplots(figsize=(6, 2.8))
     for y, (_, r) in enumerate(bars):
         ax.barh(y, 1/r['ratio'], color='#9ca3af' if y == 0 else '#1259c3', height=.6)
         ax.plot([1/r['high'], 1/r['low']], [y, y], color='#111827', lw=1)
         ax.plot([1/r['bound']]*2, [y - .35, y + .35], color='#e08a00', lw=2)
         ax.text(max(1/r['ratio'], 1/r['low']) + .02, y, f"{1/r['ratio']:.2f}", va='center', fontsize=8)
-    ax.set_yticks(range(len(bars)), [b for b, _ in bars]); ax.invert_yaxis(); ax.set(xlim=(0, 1.12), xlabel='time of a step, TRL = 1')
+    ax.set_yticks(range(len(bars)), [b for b, _ in bars])
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.12), xlabel='time of a step, TRL = 1')
     fig.tight_layout()
     return fig
 
@@ -280,39 +432,101 @@ def decoding_speed(student: Student, names: Catalogue, rows: int = 16, k: int = 
     "Tokens a second of constrained and of free decoding, and their ratio."
     task, clock = get_task('disease'), time.perf_counter if student.device.type == 'cuda' else time.process_time
     trie, rates = NameTrie(names, student.tokenizer, task, k), []
-    prompts = [student.prompt_ids(task, f'A {age}-year-old girl with developmental delay, short stature, arched eyebrows, hypotonia and seizures was seen.', k) for age in range(3, 3 + rows)]
+    prompts = [
+        student.prompt_ids(
+            task,
+            f'A {age}-year-old girl with developmental delay, short stature, arched eyebrows, hypotonia and seizures was seen.',
+            k,
+        )
+        for age in range(3, 3 + rows)
+    ]
+
     def rate(steps: int, states: Optional[list]) -> tuple[float, int]:
-        start = clock(); new = decode_batch(student, prompts, steps, states); spent = clock() - start
+        start = clock()
+        new = decode_batch(student, prompts, steps, states)
+        spent = clock() - start
         return sum(min(len(x) + 1, steps) for x in new)/spent, max(map(len, new)) + 1
-    rate(trie.longest, [trie.start() for _ in prompts]); beam_rate(student, prompts[:2], trie, clock)     # to warm up
+
+    rate(trie.longest, [trie.start() for _ in prompts])
+    beam_rate(student, prompts[:2], trie, clock)  # to warm up
     for _ in range(repeats):
         held, steps = rate(trie.longest, [trie.start() for _ in prompts])
         rates.append((held, rate(steps, None)[0], *beam_rate(student, prompts[:max(1, rows//4)], trie, clock)))
     held, free, beam, plain = np.array(rates).T
-    return dict(names=len(names), rows=rows, k=k, repeats=repeats, constrained_per_s=round(float(np.median(held)), 1), free_per_s=round(float(np.median(free)), 1),
-                ratio=round(float(np.median(held/free)), 3), low=round(float((held/free).min()), 3), high=round(float((held/free).max()), 3),
-                beam_ratio=round(float(np.median(beam/plain)), 3), beam_low=round(float((beam/plain).min()), 3), beam_high=round(float((beam/plain).max()), 3))
+    return dict(
+        names=len(names),
+        rows=rows,
+        k=k,
+        repeats=repeats,
+        constrained_per_s=round(float(np.median(held)), 1),
+        free_per_s=round(float(np.median(free)), 1),
+        ratio=round(float(np.median(held / free)), 3),
+        low=round(float((held / free).min()), 3),
+        high=round(float((held / free).max()), 3),
+        beam_ratio=round(float(np.median(beam / plain)), 3),
+        beam_low=round(float((beam / plain).min()), 3),
+        beam_high=round(float((beam / plain).max()), 3),
+    )
 
-def beam_rate(student: Student, prompts: Sequence[list[int]], trie: NameTrie, clock: Callable[[], float], width: int = 4) -> tuple[float, float]:
+# %% ../nbs/84_bench.ipynb #0047-1
+def beam_rate(
+    student: Student, prompts: Sequence[list[int]], trie: NameTrie, clock: Callable[[], float], width: int = 4
+) -> tuple[float, float]:
     "Tokens a second of a beam search, and of free decoding with as many rows and steps."
     sizes: list[int] = []
-    hook = student.model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw['input_ids'])) if kw['input_ids'].shape[1] == 1 else None, with_kwargs=True)
-    start = clock(); found = beam_names(student, prompts, trie, width); spent = clock() - start
+    hook = student.model.register_forward_pre_hook(
+        lambda m, a, kw: sizes.append(len(kw['input_ids'])) if kw['input_ids'].shape[1] == 1 else None, with_kwargs=True
+    )
+    start = clock()
+    found = beam_names(student, prompts, trie, width)
+    spent = clock() - start
     hook.remove()
-    begin = clock(); new = decode_batch(student, [p + trie.header + trie.numbers[0] for p in prompts]*width, len(sizes) + 1); free = clock() - begin
-    return (sum(sizes) + sum(map(len, found)))/spent, sum(map(len, new))/free      # the last token of a name is chosen, and not read
+    begin = clock()
+    new = decode_batch(student, [p + trie.header + trie.numbers[0] for p in prompts] * width, len(sizes) + 1)
+    free = clock() - begin
+    return (sum(sizes) + sum(map(len, found))) / spent, sum(
+        map(len, new)
+    ) / free  # the last token of a name is chosen, and not read
 
 # %% ../nbs/84_bench.ipynb #0049
-def bench_decoding(out: Path | str = 'benchmarks', models: Sequence[str] = ('tiny', 'smollm2'), repeats: int = 3) -> Path:   # decoding-cpu.json or decoding-gpu.json
+def bench_decoding(
+    out: Path | str = 'benchmarks', models: Sequence[str] = ('tiny', 'smollm2'), repeats: int = 3
+) -> Path:  # decoding-cpu.json or decoding-gpu.json
     "Measure constrained decoding over all annotated diseases, and write it down."
     from mint_nb.baselines import catalogue_of        # here, because a bare GPU machine lacks what they import
     from mint_nb.ontology import load_ontology
     names, gpu = catalogue_of(load_ontology()), torch.cuda.is_available()
     found = {m: decoding_speed(load_student(m), names, repeats=repeats) for m in models}
-    return write_json(Path(out)/f'decoding-{"gpu" if gpu else "cpu"}.json', {'command': 'mint-nb bench --decoding', **found, 'device': device_name(), 'processor': processor(), 'versions': versions(), 'date': time.strftime('%Y-%m-%d')})
+    return write_json(
+        Path(out) / f'decoding-{"gpu" if gpu else "cpu"}.json',
+        {
+            'command': 'mint-nb bench --decoding',
+            **found,
+            'device': device_name(),
+            'processor': processor(),
+            'versions': versions(),
+            'date': time.strftime('%Y-%m-%d'),
+        },
+    )
 
+# %% ../nbs/84_bench.ipynb #0049-1
 def decoding_table(found: Optional[dict]) -> pd.DataFrame:
     "Constrained against free decoding, a row for each model."
     rows = {m: f for m, f in (found or {}).items() if isinstance(f, dict) and 'ratio' in f}
-    cells = [[m, f['names'], f['constrained_per_s'], f['free_per_s'], *(f"{f[k]:.2f} ({f[lo]:.2f} to {f[hi]:.2f})" for k, lo, hi in (('ratio', 'low', 'high'), ('beam_ratio', 'beam_low', 'beam_high')))] for m, f in rows.items()]
-    return pd.DataFrame(cells or [['not yet measured', *['']*5]], columns=['model', 'names', 'held, tokens a second', 'free, tokens a second', 'held to free', 'beam to free'])
+    cells = [
+        [
+            m,
+            f['names'],
+            f['constrained_per_s'],
+            f['free_per_s'],
+            *(
+                f"{f[k]:.2f} ({f[lo]:.2f} to {f[hi]:.2f})"
+                for k, lo, hi in (('ratio', 'low', 'high'), ('beam_ratio', 'beam_low', 'beam_high'))
+            ),
+        ]
+        for m, f in rows.items()
+    ]
+    return pd.DataFrame(
+        cells or [['not yet measured', *[''] * 5]],
+        columns=['model', 'names', 'held, tokens a second', 'free, tokens a second', 'held to free', 'beam to free'],
+    )

@@ -35,8 +35,14 @@ def reliability(
     bins: int = 10, mass: bool = False,
 ) -> pd.DataFrame:            # bin, n, confidence, accuracy; only bins with cases
     "What a reliability diagram shows: mean confidence and accuracy of each bin."
-    t = pd.DataFrame({'bin': bin_of(confidence, bins, mass), 'confidence': confidence, 'accuracy': np.asarray(correct, float)})
-    return t.groupby('bin').agg(n=('confidence', 'size'), confidence=('confidence', 'mean'), accuracy=('accuracy', 'mean')).reset_index()
+    t = pd.DataFrame(
+        {'bin': bin_of(confidence, bins, mass), 'confidence': confidence, 'accuracy': np.asarray(correct, float)}
+    )
+    return (
+        t.groupby('bin')
+        .agg(n=('confidence', 'size'), confidence=('confidence', 'mean'), accuracy=('accuracy', 'mean'))
+        .reset_index()
+    )
 
 # %% ../nbs/62_calibration.ipynb #0013
 def folded_mean(
@@ -45,7 +51,12 @@ def folded_mean(
     "Expected absolute value of a normal variable."
     from scipy.special import ndtr
     z = np.divide(mean, sd, out=np.full(np.shape(mean), np.inf), where=sd > 0)
-    return np.where(sd > 0, sd*np.sqrt(2/np.pi)*np.exp(-np.minimum(z*z, 1400)/2) + mean*(1 - 2*ndtr(-np.where(np.isfinite(z), z, 0))), np.abs(mean))
+    return np.where(
+        sd > 0,
+        sd * np.sqrt(2 / np.pi) * np.exp(-np.minimum(z * z, 1400) / 2)
+        + mean * (1 - 2 * ndtr(-np.where(np.isfinite(z), z, 0))),
+        np.abs(mean),
+    )
 
 # %% ../nbs/62_calibration.ipynb #0015
 def calibration_error(
@@ -85,12 +96,17 @@ def risk_coverage(
     weights: Optional[np.ndarray] = None,          # (resamples, n)
 ) -> tuple[np.ndarray, np.ndarray]:                # coverage and risk, (resamples, n): most confident cases first
     "Error rate among the most confident cases, for every share of cases that are answered."
-    w, order = np.ones((1, len(confidence))) if weights is None else weights, np.argsort(-np.asarray(confidence), kind='stable')
+    w, order = (
+        np.ones((1, len(confidence))) if weights is None else weights,
+        np.argsort(-np.asarray(confidence), kind='stable'),
+    )
     w, wrong = w[:, order], ~np.asarray(correct, bool)[order]
     answered = w.cumsum(1)
     return answered/answered[:, -1:], (w*wrong).cumsum(1)/np.maximum(answered, 1e-12)
 
-def aurc(confidence: np.ndarray, correct: np.ndarray, weights: Optional[np.ndarray] = None) -> np.ndarray:   # (resamples,)
+def aurc(
+    confidence: np.ndarray, correct: np.ndarray, weights: Optional[np.ndarray] = None
+) -> np.ndarray:  # (resamples,)
     "Area under the risk-coverage curve: mean risk over all coverages."
     w = np.ones((1, len(confidence))) if weights is None else weights
     coverage, risk = risk_coverage(confidence, correct, w)
@@ -119,11 +135,14 @@ MEASURES = {
     'ece': lambda p, y, w=None: calibration_error(*top(p, y), w),
     'ece_debiased': lambda p, y, w=None: calibration_error(*top(p, y), w, debias=True),
     'ece_mass': lambda p, y, w=None: calibration_error(*top(p, y), w, mass=True),
-    'cw_ece': lambda p, y, w=None: np.mean([calibration_error(p[:, j], np.asarray(y) == j, w) for j in range(p.shape[1])], 0),
-    'brier': lambda p, y, w=None: mean_of(((p - np.eye(p.shape[1])[y])**2).sum(1), w),
+    'cw_ece': lambda p, y, w=None: np.mean(
+        [calibration_error(p[:, j], np.asarray(y) == j, w) for j in range(p.shape[1])], 0
+    ),
+    'brier': lambda p, y, w=None: mean_of(((p - np.eye(p.shape[1])[y]) ** 2).sum(1), w),
     'nll': lambda p, y, w=None: mean_of(-np.log(np.maximum(p[np.arange(len(p)), y], 1e-12)), w),
     'auroc': lambda p, y, w=None: auroc(*top(p, y), w),
-    'aurc': lambda p, y, w=None: aurc(*top(p, y), w)}
+    'aurc': lambda p, y, w=None: aurc(*top(p, y), w),
+}
 
 # %% ../nbs/62_calibration.ipynb #0027
 def resamples(
@@ -159,8 +178,14 @@ def calibration_table(
     "All measures with 95 % intervals by group."
     p, y = _check_probs(probs, truth)
     w = resamples(groups, bootstrap, seed)
-    values = {name: f(p, y, w) - (0 if minus is None else f(_check_probs(minus, truth)[0], y, w)) for name, f in MEASURES.items()}
-    rows = [(name, *with_interval(v, name, values[PLAIN.get(name, name)]), len(y), len(set(groups))) for name, v in values.items()]
+    values = {
+        name: f(p, y, w) - (0 if minus is None else f(_check_probs(minus, truth)[0], y, w))
+        for name, f in MEASURES.items()
+    }
+    rows = [
+        (name, *with_interval(v, name, values[PLAIN.get(name, name)]), len(y), len(set(groups)))
+        for name, v in values.items()
+    ]
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
 # %% ../nbs/62_calibration.ipynb #0035
@@ -171,7 +196,9 @@ def perfect_band(
 ) -> tuple[float, float, float]:   # 2.5 %, 50 % and 97.5 % of the calibration error
     "Calibration error of a model whose stated confidences are true."
     rng = np.random.default_rng(seed)
-    found = [calibration_error(confidence, rng.random(len(confidence)) < confidence, **options)[0] for _ in range(draws)]
+    found = [
+        calibration_error(confidence, rng.random(len(confidence)) < confidence, **options)[0] for _ in range(draws)
+    ]
     low, middle, high = map(float, np.percentile(found, [2.5, 50, 97.5]))
     return low, middle, high
 
@@ -189,7 +216,10 @@ def ece_bounds(
 ) -> EceBounds:
     "Propositions 1 to 3."
     a, c = np.asarray(accuracy, float), np.asarray(confidence, float)
-    if ((c < 1/options - 1e-9) | (c > 1)).any(): raise InputError(f'the largest of {options} probabilities lies between {1/options:.3g} and 1', field='confidence')
+    if ((c < 1 / options - 1e-9) | (c > 1)).any():
+        raise InputError(
+            f'the largest of {options} probabilities lies between {1 / options:.3g} and 1', field='confidence'
+        )
     return EceBounds(np.abs(a - c), 1 - a/options, np.maximum(0, 1/options - a))
 
 # %% ../nbs/62_calibration.ipynb #0043
@@ -247,6 +277,12 @@ def list_table(
     bootstrap: int = 2000, seed: int = 0,
 ) -> pd.DataFrame:          # metric ('coverage of lists', 'answers a list'), value, lo, hi, n, groups
     "How often lists hold the truth, and how long they are."
-    values = {'coverage of lists': [float(t in l) for l, t in zip(lists, truth)], 'answers a list': [float(len(l)) for l in lists]}
-    rows = [(m, *grouped_bootstrap(np.array(v), groups, bootstrap, seed), len(v), len(set(groups))) for m, v in values.items()]
+    values = {
+        'coverage of lists': [float(t in l) for l, t in zip(lists, truth)],
+        'answers a list': [float(len(l)) for l in lists],
+    }
+    rows = [
+        (m, *grouped_bootstrap(np.array(v), groups, bootstrap, seed), len(v), len(set(groups)))
+        for m, v in values.items()
+    ]
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])

@@ -11,38 +11,66 @@ __all__ = ['OUTSIDE', 'FITTED', 'GRID', 'REAL_GRID', 'VARIED', 'unseen_cases', '
 
 # %% ../nbs/82_calibration_study.ipynb #0003
 from concurrent.futures import as_completed
+
 from dataclasses import replace
+
 from pathlib import Path
+
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
+
 from peft import load_peft_weights, set_peft_model_state_dict
+
 from transformers import TrainerCallback, TrainingArguments
 
 from .core import InputError, atomic_path, progress, read_table, write_json, write_table
+
 from .tasks import Case, Catalogue, get_task
+
 from .params import Params
+
 from .runs import Run, open_params, run_stage
+
 from .metrics import seed_weights
+
 from .ontology import load_ontology
+
 from .recipes import LOSSES, RECIPES
+
 from .notes import add_note
+
 from .splits import split_by_group
+
 from .patients import simulate_cohort
+
 from .cohort import make_cohort
+
 from .preferences import preference_rows, preferences
+
 from .students import Student, add_lora, load_student
+
 from .engine import Engine, TensorStore, reference_logps
+
 from .trainer import updates, quiet, trainer_settings
+
 from .doctor import items_of
+
 from .align import align
+
 from .candidates import CandidateRanker
+
 from .calibration import (
     MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised,
     perfect_band, reliability, resamples, top, with_interval)
+
 from .kernels import processes
+
 from .pipeline import threads
+
 from .study import fork
+
+# %% ../nbs/82_calibration_study.ipynb #0003-1
 from .recalibrate import (
     INSIDE, CalibrationTrainer, Choice, Treatment, TREATMENTS, case_choices, choice_table, fit_temperature,
     letter_choice, name_choices, read_questions, tempered, treat_student)
@@ -54,15 +82,24 @@ def unseen_cases(run: Run) -> tuple[list[Case], Catalogue]:
     "Simulated patients of diseases that the run does not have, and these diseases."
     p, label, known = run.params.cohort, run.task.label, run.catalogue
     n = min(OUTSIDE, p.test or OUTSIDE)
-    wide = dict(train=1, calibration=0, validation=0, test=3*n, diseases=2*len(known), seed=p.seed + 1000)      # twice as many: enough are new
+    wide = dict(
+        train=1, calibration=0, validation=0, test=3 * n, diseases=2 * len(known), seed=p.seed + 1000
+    )  # twice as many: enough are new
     cases, catalogue = simulate_cohort(load_ontology(), p.model_copy(update=wide), label)
     fresh = [i for i in catalogue.ids if i not in known]
     fresh = sorted(np.random.default_rng(p.seed).permutation(fresh)[:len(known)].tolist())
-    return spread_over([c for c in cases if c.labels[label] in fresh], n, label, p.seed), Catalogue({i: catalogue.names[i] for i in fresh})
+    return spread_over([c for c in cases if c.labels[label] in fresh], n, label, p.seed), Catalogue(
+        {i: catalogue.names[i] for i in fresh}
+    )
+
 
 def spread_over(cases: Sequence[Case], n: int, label: str, seed: int) -> list[Case]:
     "At most `n` cases, as evenly over their true answers as possible."
-    return [replace(c, split='test') for c in split_by_group(cases, {'test': n}, seed, label)] if len(cases) > n else list(cases)
+    return (
+        [replace(c, split='test') for c in split_by_group(cases, {'test': n}, seed, label)]
+        if len(cases) > n
+        else list(cases)
+    )
 
 # %% ../nbs/82_calibration_study.ipynb #0007
 def restyled(cases: Sequence[Case], seed: int = 0) -> list[Case]:
@@ -75,7 +112,10 @@ def parts_of_run(run: Run) -> dict[str, tuple[list[Case], Catalogue]]:
     "Cases on which confidence is read, with the options."
     catalogue, test = run.catalogue, run.cases('test')
     some = spread_over(test, OUTSIDE, run.task.label, run.params.cohort.seed)
-    out = {s: (run.cases(s), catalogue) for s in ('calibration', 'validation')} | {'test': (test, catalogue), 'style': (restyled(some), catalogue)}
+    out = {s: (run.cases(s), catalogue) for s in ('calibration', 'validation')} | {
+        'test': (test, catalogue),
+        'style': (restyled(some), catalogue),
+    }
     return out if run.params.cohort.source else out | {'unseen': unseen_cases(run)}
 
 # %% ../nbs/82_calibration_study.ipynb #0014
@@ -83,7 +123,9 @@ def ranker_of(run: Run, student: Student, catalogue: Catalogue) -> CandidateRank
     "A student that gives probabilities to names, asked for as many as in training; all methods share the frozen depth."
     p, layers = run.params, student.model.config.num_hidden_layers
     depth = max(0, layers - p.student.lora_layers) if p.student.lora_layers else 0
-    return CandidateRanker(student, run.task, catalogue, run.k, p.student.max_prompt, TensorStore(run/'align/depth'), depth)
+    return CandidateRanker(
+        student, run.task, catalogue, run.k, p.student.max_prompt, TensorStore(run / 'align/depth'), depth
+    )
 
 # %% ../nbs/82_calibration_study.ipynb #0015
 def fresh_student(run: Run, method: str, seed: int) -> Student:
@@ -92,7 +134,9 @@ def fresh_student(run: Run, method: str, seed: int) -> Student:
     student = add_lora(load_student(p.model, load_in_4bit=p.load_in_4bit, precision=p.precision), p, seed)
     if method in RECIPES:
         align(run, method, seed)
-        set_peft_model_state_dict(student.model, load_peft_weights(str(run/f'align/{method}-{seed}/adapter'), device=str(student.device)))
+        set_peft_model_state_dict(
+            student.model, load_peft_weights(str(run / f'align/{method}-{seed}/adapter'), device=str(student.device))
+        )
     return student
 
 # %% ../nbs/82_calibration_study.ipynb #0016
@@ -102,7 +146,17 @@ def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the
     inside = treatment in INSIDE
     if inside: preferences(run, seed, 'mint')
     elif method in RECIPES: align(run, method, seed)
-    reads = ['cases/cases.parquet', *([f'preferences/mint-{seed}/train.parquet'] if inside else [f'align/{method}-{seed}/adapter'] if method in RECIPES else [])]
+    reads = [
+        'cases/cases.parquet',
+        *(
+            [f'preferences/mint-{seed}/train.parquet']
+            if inside
+            else [f'align/{method}-{seed}/adapter']
+            if method in RECIPES
+            else []
+        ),
+    ]
+
     def body():
         student, cases, catalogue = fresh_student(run, method, seed), run.cases(), run.catalogue
         ranker = ranker_of(run, student, catalogue)
@@ -111,29 +165,78 @@ def treat(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the
         items = items_of(rows, cases, student, run.task, p.student.max_prompt) if inside else None
         keep = {r['case_id'] for r in rows} if inside else None
         learn = [c for c in of('train') if c.truth is not None and (keep is None or c.case_id in keep)]
-        done = treat_student(student, treatment, learn, of('calibration'), p.train, p.calibrate, run/out/'work', items, ranker.engine, seed)
+        done = treat_student(
+            student,
+            treatment,
+            learn,
+            of('calibration'),
+            p.train,
+            p.calibrate,
+            run / out / 'work',
+            items,
+            ranker.engine,
+            seed,
+        )
         write_json(run/out/'e-steps.json', done.history)
         with atomic_path(run/out/'adapter') as tmp: student.model.save_pretrained(tmp)
-    return run_stage(run, f'calibrate/{name}', body, 'mint_nb.calibration_study', ['student', 'train', 'calibrate', 'pairs'], reads, [f'{out}/adapter', f'{out}/e-steps.json'], [method, treatment, seed])
+
+    return run_stage(
+        run,
+        f'calibrate/{name}',
+        body,
+        'mint_nb.calibration_study',
+        ['student', 'train', 'calibrate', 'pairs'],
+        reads,
+        [f'{out}/adapter', f'{out}/e-steps.json'],
+        [method, treatment, seed],
+    )
 
 # %% ../nbs/82_calibration_study.ipynb #0019
 def confide(run: Run, method: str, treatment: str, seed: int = 0) -> dict:   # the manifest entry
     "Stage: log-probabilities of all options, for all parts and both forms."
     p, out = run.params, f'calibrate/{method}-{treatment}-{seed}.parquet'
-    adapter = f'align/{method}-{seed}/adapter' if treatment == 'none' and method in RECIPES else None if treatment == 'none' else f'calibrate/{method}-{treatment}-{seed}/adapter'
+    adapter = (
+        f'align/{method}-{seed}/adapter'
+        if treatment == 'none' and method in RECIPES
+        else None
+        if treatment == 'none'
+        else f'calibrate/{method}-{treatment}-{seed}/adapter'
+    )
+
     def body():
-        student, rows = load_student(p.student.model, adapter=adapter and run/adapter, load_in_4bit=p.student.load_in_4bit, precision=p.student.precision), []
+        student, rows = (
+            load_student(
+                p.student.model,
+                adapter=adapter and run / adapter,
+                load_in_4bit=p.student.load_in_4bit,
+                precision=p.student.precision,
+            ),
+            [],
+        )
         for part, (cases, catalogue) in parts_of_run(run).items():
             ranker, truths = ranker_of(run, student, catalogue), get_task(p.task)
             forms = {'names': name_choices(ranker, cases)}
-            if p.calibrate.options: forms['letters'] = case_choices(student, truths, catalogue, cases, p.calibrate.options, p.cohort.seed)
+            if p.calibrate.options:
+                forms['letters'] = case_choices(student, truths, catalogue, cases, p.calibrate.options, p.cohort.seed)
             for form, choices in forms.items():
                 if form == 'letters' and part == 'validation': continue
                 logp = choice_table(ranker.engine, choices, f'{method}, {treatment}: {part}, {form}')
-                rows += [dict(form=form, part=part, case_id=c.case_id, group=c.group, truth=c.truth, logp=l.tolist()) for c, l in zip(choices, logp)]
+                rows += [
+                    dict(form=form, part=part, case_id=c.case_id, group=c.group, truth=c.truth, logp=l.tolist())
+                    for c, l in zip(choices, logp)
+                ]
         write_table(run/out, pd.DataFrame(rows))
-    return run_stage(run, f'calibrate/{method}-{treatment}-{seed}/confidence', body, 'mint_nb.calibration_study', ['task', 'pairs', 'student', 'calibrate'],
-                     ['cases/cases.parquet', *([adapter] if adapter else [])], [out], [method, treatment, seed])
+
+    return run_stage(
+        run,
+        f'calibrate/{method}-{treatment}-{seed}/confidence',
+        body,
+        'mint_nb.calibration_study',
+        ['task', 'pairs', 'student', 'calibrate'],
+        ['cases/cases.parquet', *([adapter] if adapter else [])],
+        [out],
+        [method, treatment, seed],
+    )
 
 # %% ../nbs/82_calibration_study.ipynb #0020
 class Answers(NamedTuple):
@@ -142,30 +245,50 @@ class Answers(NamedTuple):
     truth: np.ndarray     # (n,)
     groups: np.ndarray    # (n,)
 
-FITTED = {'temperature': 'none', 'rcft_answer_temperature': 'rcft_answer'}   # a temperature on top of a treatment: nothing is trained
+FITTED = {
+    'temperature': 'none',
+    'rcft_answer_temperature': 'rcft_answer',
+}  # a temperature on top of a treatment: nothing is trained
 
 # %% ../nbs/82_calibration_study.ipynb #0021
-def read_answers(run: Run, method: str, treatment: str, seed: int, form: str = 'names') -> dict[str, Answers]:   # by part
+def read_answers(
+    run: Run, method: str, treatment: str, seed: int, form: str = 'names'
+) -> dict[str, Answers]:  # by part
     "Read the answers; temperature scaling is fitted on the calibration part and applied to all."
     t = read_table(run/f'calibrate/{method}-{FITTED.get(treatment, treatment)}-{seed}.parquet')
     t = t[t.form == form]
-    again = t[(t.part == 'test') & t.case_id.isin(t[t.part == 'style'].case_id)].assign(part='same')       # the patients of 'style' with their usual notes
-    parts = {name: Answers(np.array(g.logp.tolist()), g.truth.to_numpy(int), g.group.to_numpy(str)) for name, g in pd.concat([t, again]).groupby('part', sort=False)}
+    again = t[(t.part == 'test') & t.case_id.isin(t[t.part == 'style'].case_id)].assign(
+        part='same'
+    )  # the patients of 'style' with their usual notes
+    parts = {
+        name: Answers(np.array(g.logp.tolist()), g.truth.to_numpy(int), g.group.to_numpy(str))
+        for name, g in pd.concat([t, again]).groupby('part', sort=False)
+    }
     if treatment not in FITTED: return parts
     heat = fit_temperature(parts['calibration'].logp, parts['calibration'].truth)
     return {name: a._replace(logp=tempered(a.logp, heat)) for name, a in parts.items()}
 
 # %% ../nbs/82_calibration_study.ipynb #0024
-GRID: dict[str, Sequence[str]] = {**dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')), **dict.fromkeys(INSIDE, ('none', 'temperature'))}
+GRID: dict[str, Sequence[str]] = {
+    **dict.fromkeys(('base', 'sft', 'dpo', 'mint'), ('none', 'temperature', 'smoothing', 'cft', 'rcft')),
+    **dict.fromkeys(INSIDE, ('none', 'temperature')),
+}
 GRID['mint'] = (*GRID['mint'], 'rcft_answer', 'rcft_answer_temperature')
 REAL_GRID = {m: GRID[m] for m in ('dpo', 'mint', *INSIDE)}
 
-def part_of_grid(grid: dict[str, Sequence[str]], methods: Sequence[str] = (), treatments: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:   # () leaves all
+def part_of_grid(
+    grid: dict[str, Sequence[str]], methods: Sequence[str] = (), treatments: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:  # () leaves all
     "Some methods of a grid, with some treatments beside none."
     known = {t for ts in grid.values() for t in ts}
     for field, asked, there in (('methods', methods, grid), ('treatments', treatments, known)):
-        if odd := [a for a in asked if a not in there]: raise InputError(f'is not in the grid; there are {", ".join(sorted(there))}', field=field, record=odd[0])
-    return {m: tuple(t for t in ts if not treatments or t in ('none', *treatments)) for m, ts in grid.items() if not methods or m in methods}
+        if odd := [a for a in asked if a not in there]:
+            raise InputError(f'is not in the grid; there are {", ".join(sorted(there))}', field=field, record=odd[0])
+    return {
+        m: tuple(t for t in ts if not treatments or t in ('none', *treatments))
+        for m, ts in grid.items()
+        if not methods or m in methods
+    }
 
 # %% ../nbs/82_calibration_study.ipynb #0026
 def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -> str:
@@ -174,7 +297,9 @@ def chain(path: Path | str, method: str, treatments: Sequence[str], seed: int) -
     if method in RECIPES: align(run, method, seed)
     for t in treatments:
         if t in FITTED: continue
-        if method in INSIDE: treat(run, 'base', method, seed); confide(run, 'base', method, seed)
+        if method in INSIDE:
+            treat(run, 'base', method, seed)
+            confide(run, 'base', method, seed)
         else:
             if t != 'none': treat(run, method, t, seed)
             confide(run, method, t, seed)
@@ -216,13 +341,18 @@ def grid_values(
     return out
 
 # %% ../nbs/82_calibration_study.ipynb #0034
-def as_rows(values: dict[tuple, np.ndarray], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, part, seed (-1: all), metric, value, lo, hi
+def as_rows(
+    values: dict[tuple, np.ndarray], seeds: Sequence[int]
+) -> pd.DataFrame:  # method, treatment, part, seed (-1: all), metric, value, lo, hi
     "Values with 95 % intervals, for each seed and over seeds."
     rows = [(*k, *with_interval(v, k[-1], values[(*k[:-1], PLAIN.get(k[-1], k[-1]))])) for k, v in values.items()]
     if len(seeds) > 1:
         cells = dict.fromkeys((m, t, part, metric) for m, t, part, _, metric in values)
         whole = {c: over_seeds([values[(*c[:3], s, c[3])] for s in seeds]) for c in cells}
-        rows += [(*c[:3], -1, c[3], *with_interval(v, c[3], whole[(*c[:3], PLAIN.get(c[3], c[3]))])) for c, v in whole.items()]
+        rows += [
+            (*c[:3], -1, c[3], *with_interval(v, c[3], whole[(*c[:3], PLAIN.get(c[3], c[3]))]))
+            for c, v in whole.items()
+        ]
     return pd.DataFrame(rows, columns=['method', 'treatment', 'part', 'seed', 'metric', 'value', 'lo', 'hi'])
 
 # %% ../nbs/82_calibration_study.ipynb #0037
@@ -236,12 +366,17 @@ def grid_differences(
     for m, t, metric in cells:
         for a in against:
             if a == (m, t) or (*a, part, seeds[0], metric) not in values: continue
-            d, plain = (over_seeds([values[m, t, part, s, x] - values[(*a, part, s, x)] for s in seeds]) for x in (metric, PLAIN.get(metric, metric)))
+            d, plain = (
+                over_seeds([values[m, t, part, s, x] - values[(*a, part, s, x)] for s in seeds])
+                for x in (metric, PLAIN.get(metric, metric))
+            )
             rows.append((m, t, ' + '.join(a), metric, *with_interval(d, metric, plain)))
     return pd.DataFrame(rows, columns=['method', 'treatment', 'against', 'metric', 'diff', 'lo', 'hi'])
 
 # %% ../nbs/82_calibration_study.ipynb #0041
-def list_values(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> dict[tuple, np.ndarray]:   # keys as in `grid_values`
+def list_values(
+    run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]
+) -> dict[tuple, np.ndarray]:  # keys as in `grid_values`
     "Coverage and length of conformal lists, with their resamples."
     out, w = {}, None
     for m, t, s in ((m, t, s) for m, ts in grid.items() for t in ts for s in seeds):
@@ -250,31 +385,53 @@ def list_values(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) 
         for kind, price in (('APS', 0.), ('RAPS', .02)):
             rule = fit_conformal(normalised(held.logp), held.truth, run.params.calibrate.level, price, seed=s)
             lists = conformal_lists(normalised(test.logp), rule, s + 1)
-            out[m, t, 'test', s, f'coverage of lists, {kind}'] = mean_of(np.array([float(y in l) for l, y in zip(lists, test.truth)]), w)
+            out[m, t, 'test', s, f'coverage of lists, {kind}'] = mean_of(
+                np.array([float(y in l) for l, y in zip(lists, test.truth)]), w
+            )
             out[m, t, 'test', s, f'answers a list, {kind}'] = mean_of(np.array([float(len(l)) for l in lists]), w)
     return out
 
 # %% ../nbs/82_calibration_study.ipynb #0045
-def bin_rows(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:   # method, treatment, bin, n, confidence, accuracy, band_lo, band_hi
+def bin_rows(
+    run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]
+) -> pd.DataFrame:  # method, treatment, bin, n, confidence, accuracy, band_lo, band_hi
     "Reliability of each cell over all seeds, and the ECE that honest confidences would show."
     out = []
     for m, t in ((m, t) for m, ts in grid.items() for t in ts):
         found = [top(normalised(a.logp), a.truth) for s in seeds for a in [cell(run, m, t, s)['test']]]
-        lo, _, hi = perfect_band(found[0][0], 500)                    # of one seed: the seeds share their cases
-        out.append(reliability(*(np.concatenate(x) for x in zip(*found))).assign(method=m, treatment=t, band_lo=lo, band_hi=hi))
+        lo, _, hi = perfect_band(found[0][0], 500)  # of one seed: the seeds share their cases
+        out.append(
+            reliability(*(np.concatenate(x) for x in zip(*found))).assign(method=m, treatment=t, band_lo=lo, band_hi=hi)
+        )
     return pd.concat(out, ignore_index=True)
 
 # %% ../nbs/82_calibration_study.ipynb #0046
 def write_tables(run: Run, grid: dict[str, Sequence[str]], seeds: Sequence[int]) -> pd.DataFrame:
     "Write the tables of the seeds that are done; returns the first."
     cohort = 'phenopackets' if run.params.cohort.source else 'simulated'
-    names, letters = (grid_values(run, grid, seeds, form) if form == 'names' or run.params.calibrate.options else {} for form in ('names', 'letters'))
-    sizes = {part: (len(a.truth), len(set(a.groups))) for part, a in cell(run, next(iter(grid)), 'none', seeds[0]).items()}
-    t = pd.concat([as_rows(v, seeds).assign(form=form) for form, v in (('names', names | list_values(run, grid, seeds)), ('letters', letters))], ignore_index=True)
+    names, letters = (
+        grid_values(run, grid, seeds, form) if form == 'names' or run.params.calibrate.options else {}
+        for form in ('names', 'letters')
+    )
+    sizes = {
+        part: (len(a.truth), len(set(a.groups))) for part, a in cell(run, next(iter(grid)), 'none', seeds[0]).items()
+    }
+    t = pd.concat(
+        [
+            as_rows(v, seeds).assign(form=form)
+            for form, v in (('names', names | list_values(run, grid, seeds)), ('letters', letters))
+        ],
+        ignore_index=True,
+    )
     t = t.assign(cohort=cohort, n=t.part.map(lambda p: sizes[p][0]), groups=t.part.map(lambda p: sizes[p][1]))
     t = t[['cohort', 'method', 'treatment', 'seed', 'form', 'part', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
     write_table(run/'analysis/calibration.parquet', t)
-    write_table(run/'analysis/calibration_differences.parquet', grid_differences(names, seeds).assign(cohort=cohort, n=sizes['test'][0], groups=sizes['test'][1], seeds=len(seeds)))
+    write_table(
+        run / 'analysis/calibration_differences.parquet',
+        grid_differences(names, seeds).assign(
+            cohort=cohort, n=sizes['test'][0], groups=sizes['test'][1], seeds=len(seeds)
+        ),
+    )
     write_table(run/'analysis/calibration_bins.parquet', bin_rows(run, grid, seeds).assign(cohort=cohort))
     return t
 
@@ -286,12 +443,17 @@ class Watch(TrainerCallback):
 
     def look(self, step: int) -> None:
         logp = choice_table(self.engine, self.choices, f'after {step} updates')
-        self.rows += [dict(step=step, case_id=c.case_id, confidence=float(np.exp(l.max())), correct=bool(l.argmax() == c.truth)) for c, l in zip(self.choices, logp)]
+        self.rows += [
+            dict(step=step, case_id=c.case_id, confidence=float(np.exp(l.max())), correct=bool(l.argmax() == c.truth))
+            for c, l in zip(self.choices, logp)
+        ]
 
     def on_train_begin(self, args, state, control, **kw):
         if not self.rows: self.look(0)
     def on_step_end(self, args, state, control, **kw):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps: self.look(self.before + state.global_step)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.look(self.before + state.global_step)
+
     def on_train_end(self, args, state, control, **kw): self.before += state.global_step
 
 # %% ../nbs/82_calibration_study.ipynb #0050
@@ -304,24 +466,59 @@ def trace(run: Run, method: str, seed: int = 0, looks: int = 8) -> dict:   # the
         ranker = ranker_of(run, student, run.catalogue)
         items = items_of(preference_rows(run, seed, variant), cases, student, run.task, p.student.max_prompt)
         n = updates(sum(c.split == 'train' for c in cases), p)
-        watch = Watch(ranker.engine, name_choices(ranker, [c for c in cases if c.split == 'validation']), max(1, n//looks))
+        watch = Watch(
+            ranker.engine, name_choices(ranker, [c for c in cases if c.split == 'validation']), max(1, n // looks)
+        )
         for phase in RECIPES[method].phases:
             steps, relative = max(1, round(phase.share*n)), LOSSES[phase.loss].reference
-            settings = trainer_settings(p.train, run/'calibrate/work', steps, p.train.dpo_lr if relative else p.train.lr, seed) | {'save_strategy': 'no'}
-            trainer = CalibrationTrainer(student, ranker.engine, Treatment(phase.loss, p.train.nll_on), p.train, p.calibrate, [], [],
-                                         reference=reference_logps(ranker.engine, items) if relative else None, args=TrainingArguments(**settings), train_dataset=list(items))
-            quiet(trainer).add_callback(watch); trainer.train()
+            settings = trainer_settings(
+                p.train, run / 'calibrate/work', steps, p.train.dpo_lr if relative else p.train.lr, seed
+            ) | {'save_strategy': 'no'}
+            trainer = CalibrationTrainer(
+                student,
+                ranker.engine,
+                Treatment(phase.loss, p.train.nll_on),
+                p.train,
+                p.calibrate,
+                [],
+                [],
+                reference=reference_logps(ranker.engine, items) if relative else None,
+                args=TrainingArguments(**settings),
+                train_dataset=list(items),
+            )
+            quiet(trainer).add_callback(watch)
+            trainer.train()
         write_table(run/out, pd.DataFrame(watch.rows).assign(method=method, seed=seed))
-    return run_stage(run, f'calibrate/trace-{method}-{seed}', body, 'mint_nb.calibration_study', ['student', 'train', 'calibrate'],
-                     ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet'], [out], [method, seed, looks])
+    return run_stage(
+        run,
+        f'calibrate/trace-{method}-{seed}',
+        body,
+        'mint_nb.calibration_study',
+        ['student', 'train', 'calibrate'],
+        ['cases/cases.parquet', f'preferences/{variant}-{seed}/train.parquet'],
+        [out],
+        [method, seed, looks],
+    )
 
 # %% ../nbs/82_calibration_study.ipynb #0054
-VARIED = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.}}
+VARIED = {
+    'beta = 0.1': {'train.beta': 0.1},
+    'beta = 1': {'train.beta': 1.0},
+    '1 epoch': {'train.epochs': 1.0},
+    '6 epochs': {'train.epochs': 6.0},
+}
+
 
 def varied(path: Path | str, name: str, seed: int) -> str:
     "MINT with one parameter changed, asked how sure it is."
     base = Run(Path(path), open_params(path))
-    return chain(fork(base, base.path.with_name(f"{base.path.name}+{name.replace(' ', '')}"), VARIED[name]).path, 'mint', ('none',), seed)
+    return chain(
+        fork(base, base.path.with_name(f"{base.path.name}+{name.replace(' ', '')}"), VARIED[name]).path,
+        'mint',
+        ('none',),
+        seed,
+    )
+
 
 def watched(path: Path | str, method: str, seed: int) -> str:
     "`trace` as a job of a worker process."
@@ -331,13 +528,27 @@ def watched(path: Path | str, method: str, seed: int) -> str:
 def spread(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     "How confidences are distributed, and what they are worth."
     low, mid, high = np.quantile(confidence, [.1, .5, .9])
-    return dict(accuracy=float(np.mean(correct)), confidence=float(np.mean(confidence)), low=low, median=mid, high=high, ece=calibration_error(confidence, correct)[0], n=len(confidence))
+    return dict(
+        accuracy=float(np.mean(correct)),
+        confidence=float(np.mean(confidence)),
+        low=low,
+        median=mid,
+        high=high,
+        ece=calibration_error(confidence, correct)[0],
+        n=len(confidence),
+    )
 
 # %% ../nbs/82_calibration_study.ipynb #0057
-def problem_rows(run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'mint')) -> pd.DataFrame:   # kind, method, what, accuracy, confidence, low, median, high, ece, n
+def problem_rows(
+    run: Run, seed: int, methods: Sequence[str] = ('sft', 'dpo', 'mint')
+) -> pd.DataFrame:  # kind, method, what, accuracy, confidence, low, median, high, ece, n
     "Confidence over training steps (validation cases) and over beta and epochs (test cases)."
     traces = {m: read_table(run/f'calibrate/trace-{m}-{seed}.parquet') for m in methods}
-    rows = [dict(kind='updates', method=m, what=str(step)) | spread(g.confidence.to_numpy(), g.correct.to_numpy()) for m, t in traces.items() for step, g in t.groupby('step')]
+    rows = [
+        dict(kind='updates', method=m, what=str(step)) | spread(g.confidence.to_numpy(), g.correct.to_numpy())
+        for m, t in traces.items()
+        for step, g in t.groupby('step')
+    ]
     for name in ('recipe', *VARIED):
         path = run.path if name == 'recipe' else run.path.with_name(f"{run.path.name}+{name.replace(' ', '')}")
         a = read_answers(Run(path, open_params(path)), 'mint', 'none', seed)['test']
@@ -358,7 +569,9 @@ def run_jobs(
         waiting = [pool.submit(*job) for job in jobs]
         try:
             for f in progress(as_completed(waiting), desc, total=len(waiting)): f.result()
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 # %% ../nbs/82_calibration_study.ipynb #0063
 def calibrate_run(
@@ -369,12 +582,22 @@ def calibrate_run(
     problem: bool = False,  # also confidence over training, beta and epochs, for the first seed
 ) -> pd.DataFrame:          # `analysis/calibration.parquet`
     "Run the grid, or go on with it; tables are written after each seed."
-    grid, seeds, table = grid or (REAL_GRID if run.params.cohort.source else GRID), list(seeds or run.params.seeds), None
+    grid, seeds, table = (
+        grid or (REAL_GRID if run.params.cohort.source else GRID),
+        list(seeds or run.params.seeds),
+        None,
+    )
     make_cohort(run)
     for i, seed in enumerate(seeds):
-        if any(m != 'base' for m in grid): preferences(run, seed, 'mint')        # the teacher first: all chains read it
-        jobs: list[tuple] = [(chain, str(run.path), m, ts, seed) for m, ts in sorted(grid.items(), key=lambda x: x[0] not in INSIDE)]
-        if problem and not i: jobs += [*((watched, str(run.path), m, seed) for m in ('sft', 'dpo', 'mint')), *((varied, str(run.path), v, seed) for v in VARIED)]
+        if any(m != 'base' for m in grid): preferences(run, seed, 'mint')  # the teacher first: all chains read it
+        jobs: list[tuple] = [
+            (chain, str(run.path), m, ts, seed) for m, ts in sorted(grid.items(), key=lambda x: x[0] not in INSIDE)
+        ]
+        if problem and not i:
+            jobs += [
+                *((watched, str(run.path), m, seed) for m in ('sft', 'dpo', 'mint')),
+                *((varied, str(run.path), v, seed) for v in VARIED),
+            ]
         run_jobs(jobs, workers, f'seed {seed}')
         table = write_tables(run, grid, seeds[:i + 1])
         if problem and not i: write_table(run/'analysis/calibration_problem.parquet', problem_rows(run, seed))
@@ -401,10 +624,17 @@ def calibrate_questions(
     for t in treatments:
         s = load_student(student, precision=params.student.precision)
         if t in TREATMENTS: s = add_lora(s, params.student, seed)
-        every = [letter_choice(s, q['question'], q['options'], q['answer'], f'question {i}') for i, q in enumerate(asked, 1)]
+        every = [
+            letter_choice(s, q['question'], q['options'], q['answer'], f'question {i}') for i, q in enumerate(asked, 1)
+        ]
         (held, test, learn), engine = ([every[i] for i in part] for part in divided(len(asked), seed)), Engine(s)
-        if t in TREATMENTS: treat_student(s, t, learn, held, params.train, params.calibrate, out, engine=engine, seed=seed)
+        if t in TREATMENTS:
+            treat_student(s, t, learn, held, params.train, params.calibrate, out, engine=engine, seed=seed)
         logp = choice_table(engine, test, t)
         if t == 'temperature': logp = tempered(logp, fit_temperature(choice_table(engine, held), truth(held)))
-        rows.append(calibration_table(normalised(logp), truth(test), [c.group for c in test], params.analysis.bootstrap).assign(treatment=t))
+        rows.append(
+            calibration_table(normalised(logp), truth(test), [c.group for c in test], params.analysis.bootstrap).assign(
+                treatment=t
+            )
+        )
     return pd.concat(rows, ignore_index=True)[['treatment', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]

@@ -23,15 +23,17 @@ from .decode import NameTrie
 # %% ../nbs/51_candidates.ipynb #0007
 class NamePaths(NamedTuple):
     "What a model has to read to choose among N names, and the M tokens that compete at the P places where something is decided."
+
     paths: list[list[int]]   # beginnings of names, each up to a last choice; together they pass every place
-    n: int                   # N
-    place: Tensor            # (P,) how many tokens of all paths, one path behind the other, lie before the choice; 0: the first
+    n: int  # N
+    place: Tensor  # (P,) how many tokens of all paths, one path behind the other, lie before the choice; 0: the first
     owner: Tensor            # (M,) place that a competing token belongs to
     token: Tensor            # (M,) the competing token
     name: Tensor             # (T,) whose step this is: a name takes one at each place that it passes
-    taken: Tensor            # (T,) index among the M of the token that it takes
+    taken: Tensor  # (T,) index among the M of the token that it takes
 
-    def to(self, device) -> 'NamePaths': return self._replace(**{k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
+    def to(self, device) -> 'NamePaths':
+        return self._replace(**{k: v.to(device) for k, v in self._asdict().items() if isinstance(v, Tensor)})
 
 # %% ../nbs/51_candidates.ipynb #0008
 def name_paths(
@@ -50,10 +52,19 @@ def name_paths(
     owner, token, index = [], [], {}
     for k, (s, some) in enumerate(choices.items()):
         index |= {(*s, t): len(token) + i for i, t in enumerate(some)}
-        owner += [k]*len(some); token += some
+        owner += [k] * len(some)
+        token += some
     steps = [(j, index[b]) for j, p in enumerate(paths) for t in range(len(p)) if (b := tuple(p[:t + 1])) in index]
     long = lambda x: torch.tensor(x, dtype=torch.long)
-    return NamePaths([list(s) for s in read], len(paths), long([at[s] for s in choices]), long(owner), long(token), long([j for j, _ in steps]), long([i for _, i in steps]))
+    return NamePaths(
+        [list(s) for s in read],
+        len(paths),
+        long([at[s] for s in choices]),
+        long(owner),
+        long(token),
+        long([j for j, _ in steps]),
+        long([i for _, i in steps]),
+    )
 
 # %% ../nbs/51_candidates.ipynb #0011
 def path_probabilities(
@@ -76,7 +87,9 @@ def name_logps(
     "Log-probability of each name as the first answer of a decoder that can write only these."
     item = Item('', list(context), names.paths, image)
     row, names = lay_out([item]).to(engine.device), names.to(engine.device)
-    states = engine.states([item], row)[len(context) - 1:]      # of the last token of the context and of all that are read of the names
+    states = engine.states([item], row)[
+        len(context) - 1 :
+    ]  # of the last token of the context and of all that are read of the names
     weight = engine.head.weight[names.token].float()
     logits = (states[names.place][names.owner].float()*weight).sum(1)
     return path_probabilities(engine.cap*torch.tanh(logits/engine.cap) if engine.cap else logits, names)
@@ -84,18 +97,31 @@ def name_logps(
 # %% ../nbs/51_candidates.ipynb #0021
 class CandidateRanker:
     "A language model that ranks the whole catalogue by the probability of each name as first answer."
-    def __init__(self,
+    def __init__(
+        self,
         student: Student,
-        task: Task, catalogue: Catalogue,
-        k: int,                                # answers that the prompt asks for, as in training
-        max_prompt: int = 0,                   # tokens; the note is trimmed to fit; 0: no limit
-        store: Optional[TensorStore] = None,   # for the frozen depth; None: in memory
-        depth: Optional[int] = None,           # layers that all methods share; None: those below the first trainable one
+        task: Task,
+        catalogue: Catalogue,
+        k: int,  # answers that the prompt asks for, as in training
+        max_prompt: int = 0,  # tokens; the note is trimmed to fit; 0: no limit
+        store: Optional[TensorStore] = None,  # for the frozen depth; None: in memory
+        depth: Optional[int] = None,  # layers that all methods share; None: those below the first trainable one
         name: str = 'student',
-        folder: Optional[Path] = None,         # where the images of the cases are; None: their paths are complete
+        folder: Optional[Path] = None,  # where the images of the cases are; None: their paths are complete
     ):
-        self.student, self.task, self.catalogue, self.k, self.max_prompt, self.name, self.folder = student, task, catalogue, k, max_prompt, name, folder
-        self.engine, self.trie = Engine(student, store, depth=depth), NameTrie(catalogue, student.tokenizer, task, max(k, 2))
+        self.student, self.task, self.catalogue, self.k, self.max_prompt, self.name, self.folder = (
+            student,
+            task,
+            catalogue,
+            k,
+            max_prompt,
+            name,
+            folder,
+        )
+        self.engine, self.trie = (
+            Engine(student, store, depth=depth),
+            NameTrie(catalogue, student.tokenizer, task, max(k, 2)),
+        )
         self.names = name_paths([self.trie.inner[i] for i in catalogue.ids])
 
     def context(self, case: Case) -> list[int]:
@@ -109,16 +135,21 @@ class CandidateRanker:
 
 # %% ../nbs/51_candidates.ipynb #0022
 @patch
-def scores(self: CandidateRanker,
-    cases: Sequence[Case],
-) -> np.ndarray:             # (n, N) log-probabilities; minus infinity outside a case's candidates, the others sum to one
+def scores(
+    self: CandidateRanker, cases: Sequence[Case]
+) -> np.ndarray:  # (n, N) log-probabilities; minus infinity outside a case's candidates, the others sum to one
     "Log-probability of each name for each case."
     self.student.model.eval()
     out = np.full((len(cases), len(self.catalogue)), -np.inf)
     for n, c in enumerate(progress(cases, f'{self.name}: candidates')):
         some = [j for j, i in enumerate(self.catalogue.ids) if not c.candidates or i in c.candidates]
-        names = self.names if len(some) == len(self.catalogue) else name_paths([self.trie.inner[self.catalogue.ids[j]] for j in some])
-        with torch.no_grad(): out[n, some] = name_logps(self.engine, self.context(c), names, self.image(c)).double().cpu().numpy()
+        names = (
+            self.names
+            if len(some) == len(self.catalogue)
+            else name_paths([self.trie.inner[self.catalogue.ids[j]] for j in some])
+        )
+        with torch.no_grad():
+            out[n, some] = name_logps(self.engine, self.context(c), names, self.image(c)).double().cpu().numpy()
     return out
 
 @patch

@@ -23,13 +23,24 @@ def said_of_data(run: Run) -> dict[str, str]:   # question to answer
     card, p = read_json(run/'cases/card.json'), run.params.cohort
     sizes = '; '.join(f"{s} {d['cases']} from {d['groups']} groups" for s, d in card['splits'].items())
     made = run.task.made
-    source = f"{Path(p.source).name}, {card.get('read', '?')} cases read" + (f'; test cases from {Path(p.test_source).name}' if p.test_source else '') if p.source else made
-    return {'Source of the cases': source + (f". HPO {card['hpo']}" if card.get('hpo') else ''),
-            'Eligibility': f'answers with at least {p.min_cases} cases from {p.min_groups} groups (publication, family, patient or slide)' if p.source else f'{len(run.catalogue)} answers, cases drawn by seed {p.seed}',
-            'Splits and sizes': f'{sizes}. No group is on two sides',
-            'Lost and corrected records': f"{card.get('lost', 0)} lost, {card.get('corrected', 0)} corrected; cases/card.json names them, the first 50 of each",
-            'Input of the student': f"the note alone, {card.get('characters_per_note', 0):.0f} characters on average" if run.task.view == 'note' else 'the image alone',
-            'Outcome': f'{run.task.label}, one of a closed list of {len(run.catalogue)}; an answer counts if it resolves to the same identifier'}
+    source = (
+        f"{Path(p.source).name}, {card.get('read', '?')} cases read"
+        + (f'; test cases from {Path(p.test_source).name}' if p.test_source else '')
+        if p.source
+        else made
+    )
+    return {
+        'Source of the cases': source + (f". HPO {card['hpo']}" if card.get('hpo') else ''),
+        'Eligibility': f'answers with at least {p.min_cases} cases from {p.min_groups} groups (publication, family, patient or slide)'
+        if p.source
+        else f'{len(run.catalogue)} answers, cases drawn by seed {p.seed}',
+        'Splits and sizes': f'{sizes}. No group is on two sides',
+        'Lost and corrected records': f"{card.get('lost', 0)} lost, {card.get('corrected', 0)} corrected; cases/card.json names them, the first 50 of each",
+        'Input of the student': f"the note alone, {card.get('characters_per_note', 0):.0f} characters on average"
+        if run.task.view == 'note'
+        else 'the image alone',
+        'Outcome': f'{run.task.label}, one of a closed list of {len(run.catalogue)}; an answer counts if it resolves to the same identifier',
+    }
 
 # %% ../nbs/65_checklist.ipynb #0010
 def said_of_models(run: Run) -> dict[str, str]:
@@ -38,15 +49,17 @@ def said_of_models(run: Run) -> dict[str, str]:
     k, q = (run.k, run.q)
     prompt = run.task.prompt('<the case>', k)
     made = [e for e in run.manifest if e['status'] == 'done']
-    return {'Base model': f'{s.model}, fine-tuned with a low-rank adapter (rank {s.lora_r}, alpha {s.lora_alpha})',
-            'Training': f'rate {t.lr:g}, {t.epochs:g} epochs, batches of {t.batch}, beta {t.beta:g}; lists of k = {k} and q = {q} from the teacher',
-            'Prompt': ' / '.join(f"{m['role']}: {' '.join(m['content'].split())}" for m in prompt),
-            'Decoding': f'greedy, at most {p.predict.max_new_tokens} tokens',
-            'Comparators': ', '.join(p.methods),
-            'Seeds': ', '.join(map(str, p.seeds)),
-            'Software': ', '.join(f'{k} {v}' for k, v in (made[-1]['versions'] if made else versions()).items()),
-            'Hardware and time': f"{', '.join(sorted({e['device'] for e in made if 'device' in e})) or 'unknown'}; {sum(e.get('seconds', 0) for e in made)/60:.1f} minutes in all stages",
-            'To make it again': f'mint-nb run with the parameters of {run.path.name}/params.yaml; the same seed gives the same preference data byte for byte'}
+    return {
+        'Base model': f'{s.model}, fine-tuned with a low-rank adapter (rank {s.lora_r}, alpha {s.lora_alpha})',
+        'Training': f'rate {t.lr:g}, {t.epochs:g} epochs, batches of {t.batch}, beta {t.beta:g}; lists of k = {k} and q = {q} from the teacher',
+        'Prompt': ' / '.join(f"{m['role']}: {' '.join(m['content'].split())}" for m in prompt),
+        'Decoding': f'greedy, at most {p.predict.max_new_tokens} tokens',
+        'Comparators': ', '.join(p.methods),
+        'Seeds': ', '.join(map(str, p.seeds)),
+        'Software': ', '.join(f'{k} {v}' for k, v in (made[-1]['versions'] if made else versions()).items()),
+        'Hardware and time': f"{', '.join(sorted({e['device'] for e in made if 'device' in e})) or 'unknown'}; {sum(e.get('seconds', 0) for e in made) / 60:.1f} minutes in all stages",
+        'To make it again': f'mint-nb run with the parameters of {run.path.name}/params.yaml; the same seed gives the same preference data byte for byte',
+    }
 
 # %% ../nbs/65_checklist.ipynb #0013
 def said_of_results(run: Run, table: 'pd.DataFrame') -> dict[str, str]:   # table: from `results_table`
@@ -54,18 +67,37 @@ def said_of_results(run: Run, table: 'pd.DataFrame') -> dict[str, str]:   # tabl
     main, seed = table[table.metric == 'top1'], -1 if (table.seed == -1).any() else table.seed.iloc[0]
     rows = main[main.seed == seed]
     n, groups = int(rows.n.max()), int(rows.groups.max())
-    return {'Test size': f'{n} cases from {groups} groups; the widest 95 % interval of top-1 spans {100*(rows.hi - rows.lo).max():.0f} points',
-            'Intervals': f'95 %, by resampling whole groups {run.params.analysis.bootstrap} times' + (' and seeds' if seed == -1 else '; one seed, so training noise is not in them'),
-            'Top-1': '; '.join(f'{r.method} {r.value:.2f} ({r.lo:.2f} to {r.hi:.2f})' for r in rows.itertuples()),
-            'Invented answers': 'share of names that exist, per method: ' + '; '.join(f'{r.method} {r.value:.2f}' for r in table[(table.metric == 'hfa') & (table.seed == seed)].itertuples())}
+    return {
+        'Test size': f'{n} cases from {groups} groups; the widest 95 % interval of top-1 spans {100 * (rows.hi - rows.lo).max():.0f} points',
+        'Intervals': f'95 %, by resampling whole groups {run.params.analysis.bootstrap} times'
+        + (' and seeds' if seed == -1 else '; one seed, so training noise is not in them'),
+        'Top-1': '; '.join(f'{r.method} {r.value:.2f} ({r.lo:.2f} to {r.hi:.2f})' for r in rows.itertuples()),
+        'Invented answers': 'share of names that exist, per method: '
+        + '; '.join(
+            f'{r.method} {r.value:.2f}' for r in table[(table.metric == 'hfa') & (table.seed == seed)].itertuples()
+        ),
+    }
 
 # %% ../nbs/65_checklist.ipynb #0016
-AUTHORS = {'Title and abstract': 'that a language model was developed or evaluated, for which task and population', 'Rationale': 'clinical context, what exists, why this study',
-           'Dates and setting of the data': 'when and where the patients were seen', 'Reference standard': 'who made the diagnosis, how, and knowing what',
-           'Ethics and consent': 'approval, waiver, data use agreement', 'Registration and protocol': 'where, or that there is none', 'Funding and interests': 'who paid, who gains',
-           'Patients and public': 'whether they took part in the design', 'Overlap with pretraining': 'whether the cases may be in the training data of the base model', 'Interpretation': 'in the light of other evidence'}
-ALWAYS = {'Intended use': 'research on methods; not for clinical decision making', 'Human oversight': 'none: answers were not read or corrected by anybody before scoring',
-          'Code': 'open, with the notebooks that ran in the folder notebooks/', 'Limits': 'see the page of this name, and Interpretation'}
+AUTHORS = {
+    'Title and abstract': 'that a language model was developed or evaluated, for which task and population',
+    'Rationale': 'clinical context, what exists, why this study',
+    'Dates and setting of the data': 'when and where the patients were seen',
+    'Reference standard': 'who made the diagnosis, how, and knowing what',
+    'Ethics and consent': 'approval, waiver, data use agreement',
+    'Registration and protocol': 'where, or that there is none',
+    'Funding and interests': 'who paid, who gains',
+    'Patients and public': 'whether they took part in the design',
+    'Overlap with pretraining': 'whether the cases may be in the training data of the base model',
+    'Interpretation': 'in the light of other evidence',
+}
+
+ALWAYS = {
+    'Intended use': 'research on methods; not for clinical decision making',
+    'Human oversight': 'none: answers were not read or corrected by anybody before scoring',
+    'Code': 'open, with the notebooks that ran in the folder notebooks/',
+    'Limits': 'see the page of this name, and Interpretation',
+}
 
 class Answered(NamedTuple):
     "A question of a checklist."
@@ -74,23 +106,36 @@ class Answered(NamedTuple):
     answer: str
     open: bool     # the authors have to answer
 
+# %% ../nbs/65_checklist.ipynb #0016-1
 def checklist(run: Run, table: 'pd.DataFrame') -> list[Answered]:   # table: from `results_table`
     "All questions, answered as far as the run folder can."
-    parts = (('Data', said_of_data(run)), ('Model', said_of_models(run)), ('Results', said_of_results(run, table)), ('Use', ALWAYS))
-    return [Answered(part, q, a, False) for part, said in parts for q, a in said.items()] + [Answered('For the authors', q, a, True) for q, a in AUTHORS.items()]
+    parts = (
+        ('Data', said_of_data(run)),
+        ('Model', said_of_models(run)),
+        ('Results', said_of_results(run, table)),
+        ('Use', ALWAYS),
+    )
+    return [Answered(part, q, a, False) for part, said in parts for q, a in said.items()] + [
+        Answered('For the authors', q, a, True) for q, a in AUTHORS.items()
+    ]
 
 # %% ../nbs/65_checklist.ipynb #0018
 def checklist_markdown(found: list[Answered]) -> str:
     "The checklist as a page."
     cell = lambda x: x.replace('|', '/').replace('\n', ' ')
     rows = [f'| {a.part} | {a.question} | {"*to be written:* " if a.open else ""}{cell(a.answer)} |' for a in found]
-    return ('# Reporting checklist\n\nAfter TRIPOD-LLM (doi 10.1038/s41591-024-03425-5) and MI-CLAIM-GEN (arXiv 2403.02558); the questions are in our words.\n\n'
-            '| part | question | answer |\n|---|---|---|\n' + '\n'.join(rows) + '\n')
+    return (
+        '# Reporting checklist\n\nAfter TRIPOD-LLM (doi 10.1038/s41591-024-03425-5) and MI-CLAIM-GEN (arXiv 2403.02558); the questions are in our words.\n\n'
+        '| part | question | answer |\n|---|---|---|\n' + '\n'.join(rows) + '\n'
+    )
 
 # %% ../nbs/65_checklist.ipynb #0021
 def cards_html(run: Run) -> str:
     "Links from the report to the checklist and to the cards of cases and pairs."
     cards = [('checklist.md', 'what a paper has to report about this run'), ('../cases/card.json', 'the cases')]
-    cards += [(f'../preferences/{p.parent.name}/README.md', f'preference pairs {p.parent.name}') for p in sorted(run.path.glob('preferences/*/README.md'))]
+    cards += [
+        (f'../preferences/{p.parent.name}/README.md', f'preference pairs {p.parent.name}')
+        for p in sorted(run.path.glob('preferences/*/README.md'))
+    ]
     links = ', '.join(f'<a href="{html.escape(to)}">{html.escape(text)}</a>' for to, text in cards)
     return f'<p>Cards: {links}. A student gets its card when it is exported (<code>mint-nb export</code>).</p>'

@@ -20,22 +20,40 @@ from .core import InputError, atomic_path, cache_dir, read_json, read_table
 from .runs import Run, open_params, versions
 
 # %% ../nbs/90_cli.ipynb #0006
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)    # a disk that is full, a folder without the right to write
+DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)  # a disk that is full, a folder without the right to write
+
 
 def clean_errors(command: Callable) -> Callable:
     "Turn the errors that a user can do something about into one line and an exit code."
     @functools.wraps(command)
     def wrapped(*args, **kw):
-        try: return command(*args, **kw)
-        except InputError as e: return leave(f'error: {e}', 2)
+        try:
+            return command(*args, **kw)
+        except InputError as e:
+            return leave(f'error: {e}', 2)
         except RuntimeError as e:
             from mint_nb.pipeline import NotebookFailed
-            if not isinstance(e, NotebookFailed): raise
+
+            if not isinstance(e, NotebookFailed):
+                raise
             return leave(f'error: {e}', 2 if e.error == 'InputError' else 1)
-        except KeyboardInterrupt: return leave('stopped; the same command goes on from here', 130)
+        except KeyboardInterrupt:
+            return leave('stopped; the same command goes on from here', 130)
         except OSError as e:
-            if e.errno not in DISK: raise
-            return leave(f'error: {e.filename or "a file"} cannot be written: {e.strerror} (free some space, or choose a folder that you may write to; then the same command goes on)', 2)
+            if e.errno not in DISK:
+                raise
+            return leave(
+                f'error: {e.filename or "a file"} cannot be written: {e.strerror} (free some space, or choose a folder that you may write to; then the same command goes on)',
+                2,
+            )
+
     return wrapped
 
 def leave(message: str, code: int) -> None:
@@ -51,9 +69,16 @@ def parse_sets(
     out = {}
     for item in items:
         name, eq, value = item.partition('=')
-        if not eq or not name.strip(): raise InputError('is not of the form name=value', record=item, field='--set', hint='for example --set train.lr=2e-4')
-        try: out[name.strip()] = yaml.safe_load(value)
-        except Exception as e: raise InputError('has a value that is not valid YAML', record=item, field='--set') from e    # PyYAML raises half a dozen kinds
+        if not eq or not name.strip():
+            raise InputError(
+                'is not of the form name=value', record=item, field='--set', hint='for example --set train.lr=2e-4'
+            )
+        try:
+            out[name.strip()] = yaml.safe_load(value)
+        except Exception as e:
+            raise InputError(
+                'has a value that is not valid YAML', record=item, field='--set'
+            ) from e  # PyYAML raises half a dozen kinds
     return out
 
 def comma_list(text: str) -> list[str]:
@@ -61,7 +86,12 @@ def comma_list(text: str) -> list[str]:
     return [t.strip() for t in text.split(',') if t.strip()]
 
 # %% ../nbs/90_cli.ipynb #0013
-REAL = {'cohort.diseases': 40, 'cohort.train': 400, 'cohort.test': 200}   # caps of published cases, in the laptop profile and in the calibration study
+REAL = {
+    'cohort.diseases': 40,
+    'cohort.train': 400,
+    'cohort.test': 200,
+}  # caps of published cases, in the laptop profile and in the calibration study
+
 
 def case_overrides(
     cases: Optional[Path],       # what --cases names
@@ -69,7 +99,8 @@ def case_overrides(
     max_cases: Optional[int],    # training and test cases together; 0: no cap; None: the recipe's
 ) -> dict:                       # overrides with dotted names
     "Overrides that follow from real cases and their cap."
-    if max_cases is not None and max_cases < 0: raise InputError(f'must be 0 or more, not {max_cases}', field='--max-cases')
+    if max_cases is not None and max_cases < 0:
+        raise InputError(f'must be 0 or more, not {max_cases}', field='--max-cases')
     out: dict[str, Any] = dict(REAL) if cases and profile == 'laptop' else {}
     if cases:
         if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
@@ -80,7 +111,11 @@ def case_overrides(
 
 def with_clean(methods: list[str]) -> list[str]:
     "Methods with the leak-controlled naive Bayes behind the plain one."
-    return [n for m in methods for n in ((m, 'naive_bayes_clean') if m == 'naive_bayes' and 'naive_bayes_clean' not in methods else (m,))]
+    return [
+        n
+        for m in methods
+        for n in ((m, 'naive_bayes_clean') if m == 'naive_bayes' and 'naive_bayes_clean' not in methods else (m,))
+    ]
 
 # %% ../nbs/90_cli.ipynb #0015
 def run_overrides(
@@ -98,9 +133,15 @@ def run_overrides(
     return out | parse_sets(sets or [])
 
 # %% ../nbs/90_cli.ipynb #0018a
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={'help_option_names': ['-h', '--help']},
-                  help='Align a language model that reads only the note with what a model knows that also saw the patient. '
-                       'Research use only, not for clinical decision making.')
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={'help_option_names': ['-h', '--help']},
+    help='Align a language model that reads only the note with what a model knows that also saw the patient. '
+    'Research use only, not for clinical decision making.',
+)
 
 def say_version(asked: bool) -> None:
     "Print the version and leave, if `--version` is given."
@@ -110,11 +151,15 @@ def say_version(asked: bool) -> None:
 
 @app.callback()
 def before(
-    version: Annotated[bool, typer.Option('--version', callback=say_version, is_eager=True, help='show the version')] = False,
+    version: Annotated[
+        bool, typer.Option('--version', callback=say_version, is_eager=True, help='show the version')
+    ] = False,
 ): pass
 
 # %% ../nbs/90_cli.ipynb #0019
 RunDir = Annotated[Path, typer.Argument(help='run folder')]
+
+# %% ../nbs/90_cli.ipynb #0019-1
 def results_csv(
     run: Run,      # finished
 ) -> str:          # a small table to commit, with what it comes from in its first lines
@@ -126,14 +171,26 @@ def results_csv(
     last = {e['stage']: e for e in run.manifest if e['status'] == 'done'}.values()
     spent, busy = (sum(e.get(k, 0) for e in last) for k in ('seconds', 'cpu_seconds'))
     first = run.manifest[0]
-    lines = [f'{t.cohort.iloc[0]} cohort, profile {run.params.profile}, seeds {", ".join(map(str, run.params.seeds))}, {t.n.max():.0f} test cases of {t.groups.max():.0f} groups; 95 % intervals by group.',
-             f'Stages took {minutes(spent)} in all{f" ({minutes(busy)} of processor time)" if busy else ""}, some side by side, on {first["device"]}; ' + ', '.join(f'{k} {v}' for k, v in first['versions'].items()) + '.']
+    lines = [
+        f'{t.cohort.iloc[0]} cohort, profile {run.params.profile}, seeds {", ".join(map(str, run.params.seeds))}, {t.n.max():.0f} test cases of {t.groups.max():.0f} groups; 95 % intervals by group.',
+        f'Stages took {minutes(spent)} in all{f" ({minutes(busy)} of processor time)" if busy else ""}, some side by side, on {first["device"]}; '
+        + ', '.join(f'{k} {v}' for k, v in first['versions'].items())
+        + '.',
+    ]
     d = read_table(run/'analysis/differences.parquet')
     d = d[(d.metric == 'top1') & (d.seeds == d.seeds.max())]
-    lines += ['Paired differences of top1: ' + ', '.join(f'{r.a} - {r.b} {r["diff"]:+.4f} ({r.lo:+.4f} to {r.hi:+.4f})' for _, r in d.iterrows()) + '.']*bool(len(d))
+    lines += [
+        'Paired differences of top1: '
+        + ', '.join(f'{r.a} - {r.b} {r["diff"]:+.4f} ({r.lo:+.4f} to {r.hi:+.4f})' for _, r in d.iterrows())
+        + '.'
+    ] * bool(len(d))
     order = {m: i for i, m in enumerate(run.params.methods)}
     t = t.assign(o=t.method.map(order), p=t.metric.map(main.index)).sort_values(['o', 'seed', 'p'])
-    return '\n'.join(f'# {l}' for l in lines) + '\n' + t[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups']].round(4).to_csv(index=False)
+    return (
+        '\n'.join(f'# {l}' for l in lines)
+        + '\n'
+        + t[['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups']].round(4).to_csv(index=False)
+    )
 
 # %% ../nbs/90_cli.ipynb #0022
 def show_report(run: Run) -> None:
@@ -152,27 +209,51 @@ def show_report(run: Run) -> None:
 @clean_errors
 def run(
     task: Annotated[str, typer.Option(help='disease, gene or tissue')] = 'disease',
-    cases: Annotated[Optional[Path], typer.Option(help='real cases: phenopackets (JSON, folder, zip, JSONL) or a GMDB folder; for tissue a PanNuke folder, or a zip or folder of tiles with labels.csv; without it they are simulated')] = None,
+    cases: Annotated[
+        Optional[Path],
+        typer.Option(
+            help='real cases: phenopackets (JSON, folder, zip, JSONL) or a GMDB folder; for tissue a PanNuke folder, or a zip or folder of tiles with labels.csv; without it they are simulated'
+        ),
+    ] = None,
     profile: Annotated[str, typer.Option(help='recipe: smoke, laptop, or a YAML file')] = 'laptop',
     out: Annotated[Optional[Path], typer.Option(help='run folder; default runs/PROFILE')] = None,
     methods: Annotated[str, typer.Option(help='comma-separated; default: those of the recipe')] = '',
     seeds: Annotated[str, typer.Option(help='comma-separated whole numbers')] = '',
-    sets: Annotated[Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')] = None,
+    sets: Annotated[
+        Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')
+    ] = None,
     max_cases: Annotated[Optional[int], typer.Option(help='training and test cases together; 0 lifts the cap')] = None,
     until: Annotated[str, typer.Option(help='stop after this notebook, for example 29_upstream')] = '',
-    workers: Annotated[int, typer.Option(help='trainings and predictions at the same time; 0: two for a small student on a CPU, else one')] = 0,
-    show_cases: Annotated[bool, typer.Option('--show-cases', help='real cases: executed notebooks and the report may show some, with notes and identifiers')] = False,
+    workers: Annotated[
+        int,
+        typer.Option(help='trainings and predictions at the same time; 0: two for a small student on a CPU, else one'),
+    ] = 0,
+    show_cases: Annotated[
+        bool,
+        typer.Option(
+            '--show-cases',
+            help='real cases: executed notebooks and the report may show some, with notes and identifiers',
+        ),
+    ] = False,
 ):
     "Run the pipeline, or go on with it; prints an estimate, what is going on, rows as they are ready, and the table."
     from mint_nb.pipeline import run_pipeline
     out = out or Path('runs')/Path(profile).stem
-    done = run_pipeline(out, profile, run_overrides(task, cases, profile, max_cases, methods, seeds, sets) | ({'show_cases': True} if show_cases else {}), until, workers=workers)
+    done = run_pipeline(
+        out,
+        profile,
+        run_overrides(task, cases, profile, max_cases, methods, seeds, sets)
+        | ({'show_cases': True} if show_cases else {}),
+        until,
+        workers=workers,
+    )
     if not until: show_report(done)
 
 # %% ../nbs/90_cli.ipynb #0024
 def opened(path: Path) -> Run:
     "The run in a folder."
-    if not (path/'params.yaml').exists(): raise InputError('is not a run folder', file=path, hint='it holds no params.yaml; mint-nb run makes one')
+    if not (path / 'params.yaml').exists():
+        raise InputError('is not a run folder', file=path, hint='it holds no params.yaml; mint-nb run makes one')
     return Run(path, open_params(path))
 
 # %% ../nbs/90_cli.ipynb #0026a
@@ -216,7 +297,9 @@ def predict(
     folder: Annotated[Path, typer.Option('--run', help='finished run whose student answers')] = Path('runs/laptop'),
     method: Annotated[str, typer.Option(help='which method of the run')] = 'mint',
     seed: Annotated[int, typer.Option(help='which seed of the run')] = 0,
-    engine: Annotated[str, typer.Option(help='what a student answers with: transformers, vllm, or auto (vllm where it is installed)')] = 'transformers',
+    engine: Annotated[
+        str, typer.Option(help='what a student answers with: transformers, vllm, or auto (vllm where it is installed)')
+    ] = 'transformers',
 ):
     "Rank the diseases of a run's catalogue for new cases; their diagnoses are never read."
     if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
@@ -232,7 +315,12 @@ def predict(
 @clean_errors
 def fetch(what: Annotated[str, typer.Argument(help='smollm2')] = 'smollm2'):
     "Download and convert the default student, once; other students come from a folder or a hub id."
-    if what != 'smollm2': raise InputError('cannot be fetched; only smollm2 can', record=what, hint='name a folder or hub id with --set student.model=...')
+    if what != 'smollm2':
+        raise InputError(
+            'cannot be fetched; only smollm2 can',
+            record=what,
+            hint='name a folder or hub id with --set student.model=...',
+        )
     from mint_nb.students import smollm2_folder
     typer.echo(smollm2_folder())
 
@@ -244,15 +332,25 @@ def machine_facts() -> dict[str, Any]:
     from mint_nb.students import weights_dtype
     cuda = torch.cuda.is_available()
     cached = sorted(p.name for p in cache_dir().iterdir() if p.is_dir())
-    return {**versions(), 'cores': os.cpu_count(), 'memory': f'{psutil.virtual_memory().total/2**30:.0f} GB', 'free disk': f'{shutil.disk_usage(".").free/2**30:.0f} GB',
-            'device': torch.cuda.get_device_name() if cuda else 'cpu', 'weights': str(weights_dtype()).removeprefix('torch.') + ' (student.precision = auto)', 'notebooks': str(nbs_folder()), 'cached': ', '.join(cached) or 'nothing yet'}
+    return {
+        **versions(),
+        'cores': os.cpu_count(),
+        'memory': f'{psutil.virtual_memory().total / 2**30:.0f} GB',
+        'free disk': f'{shutil.disk_usage(".").free / 2**30:.0f} GB',
+        'device': torch.cuda.get_device_name() if cuda else 'cpu',
+        'weights': str(weights_dtype()).removeprefix('torch.') + ' (student.precision = auto)',
+        'notebooks': str(nbs_folder()),
+        'cached': ', '.join(cached) or 'nothing yet',
+    }
 
 # %% ../nbs/90_cli.ipynb #0034
 @app.command()
 @clean_errors
 def doctor(
     dataset: Annotated[Optional[Path], typer.Argument(help='preference dataset (Parquet) to check')] = None,
-    model: Annotated[str, typer.Option(help="student whose tokenizer counts: smollm2, tiny, a folder or a hub id")] = 'smollm2',
+    model: Annotated[
+        str, typer.Option(help="student whose tokenizer counts: smollm2, tiny, a folder or a hub id")
+    ] = 'smollm2',
     max_prompt: Annotated[int, typer.Option(help='tokens a prompt may have; 0: no limit')] = 0,
 ):
     "Check the machine, and a preference dataset if one is given; exit code 2 if training would be wrong."
@@ -261,7 +359,10 @@ def doctor(
     from mint_nb.params import StudentParams, TrainParams
     from mint_nb.doctor import diagnose
     from mint_nb.students import load_student
-    lines, problems = diagnose(read_table(dataset).to_dict('records'), load_student(model), StudentParams(max_prompt=max_prompt), TrainParams())
+
+    lines, problems = diagnose(
+        read_table(dataset).to_dict('records'), load_student(model), StudentParams(max_prompt=max_prompt), TrainParams()
+    )
     typer.echo('\n'.join([*lines, *map(str, problems)]))
     errors = sum(p.severity == 'error' for p in problems)
     typer.echo(f'{dataset}: {errors} errors, {len(problems) - errors} warnings')
@@ -273,14 +374,22 @@ def doctor(
 def bench(
     out: Annotated[Path, typer.Option(help='folder for cpu.json or gpu.json')] = Path('benchmarks'),
     repeats: Annotated[int, typer.Option(help='turns in which the ways are run')] = 5,
-    model: Annotated[str, typer.Option(help='default: smollm2 on a CPU, llama-3b (random weights, its shapes) on a GPU')] = '',
-    decoding: Annotated[bool, typer.Option('--decoding', help='constrained against free decoding instead, into decoding-cpu.json or decoding-gpu.json')] = False,
+    model: Annotated[
+        str, typer.Option(help='default: smollm2 on a CPU, llama-3b (random weights, its shapes) on a GPU')
+    ] = '',
+    decoding: Annotated[
+        bool,
+        typer.Option(
+            '--decoding', help='constrained against free decoding instead, into decoding-cpu.json or decoding-gpu.json'
+        ),
+    ] = False,
 ):
     "Measure the engine against TRL on this machine, about 20 minutes on two cores."
     if decoding:
         from mint_nb.bench import bench_decoding, decoding_table
         file = bench_decoding(out, (model,) if model else ('tiny', 'smollm2'), repeats)
-        typer.echo(f'{decoding_table(read_json(file)).to_string(index=False)}\n\n{file}'); return
+        typer.echo(f'{decoding_table(read_json(file)).to_string(index=False)}\n\n{file}')
+        return
     from mint_nb.bench import bench as measure, bench_table
     file = measure(out, model, repeats)
     typer.echo(f'{bench_table(read_json(file)).to_string()}\n\n{file}')
@@ -289,11 +398,15 @@ def bench(
 @app.command()
 @clean_errors
 def study(
-    cases: Annotated[Optional[Path], typer.Option(help='published cases for the real cohorts: a phenopacket archive')] = None,
+    cases: Annotated[
+        Optional[Path], typer.Option(help='published cases for the real cohorts: a phenopacket archive')
+    ] = None,
     only: Annotated[str, typer.Option(help='comma-separated pieces; default: all that are missing')] = '',
     again: Annotated[bool, typer.Option('--again', help='also run what is already written')] = False,
     root: Annotated[Path, typer.Option('--out', help='run folders')] = Path('runs/study'),
-    results: Annotated[Optional[Path], typer.Option(help='where pieces are written; default: benchmarks/study of the checkout')] = None,
+    results: Annotated[
+        Optional[Path], typer.Option(help='where pieces are written; default: benchmarks/study of the checkout')
+    ] = None,
     workers: Annotated[int, typer.Option(help='processes, with a thread each')] = 2,
 ):
     "Run the study in pieces of at most 40 minutes; finished pieces stand in benchmarks/study."
@@ -309,29 +422,59 @@ def study(
 @app.command()
 @clean_errors
 def calibrate(
-    cases: Annotated[Optional[Path], typer.Option(help='published cases instead of simulated ones: a phenopacket archive')] = None,
-    questions: Annotated[Optional[Path], typer.Option(help='a multiple-choice set instead of patients: JSONL or a dataset folder')] = None,
+    cases: Annotated[
+        Optional[Path], typer.Option(help='published cases instead of simulated ones: a phenopacket archive')
+    ] = None,
+    questions: Annotated[
+        Optional[Path], typer.Option(help='a multiple-choice set instead of patients: JSONL or a dataset folder')
+    ] = None,
     student: Annotated[str, typer.Option(help='model for --questions: smollm2, a folder or a hub id')] = 'smollm2',
     profile: Annotated[str, typer.Option(help='recipe')] = 'calibration',
     out: Annotated[Path, typer.Option(help='run folder')] = Path('runs/calibration'),
-    methods: Annotated[str, typer.Option(help='comma-separated; default: the whole grid')] = '', treatments: Annotated[str, typer.Option(help='comma-separated; default: all')] = '',
+    methods: Annotated[str, typer.Option(help='comma-separated; default: the whole grid')] = '',
+    treatments: Annotated[str, typer.Option(help='comma-separated; default: all')] = '',
     seeds: Annotated[str, typer.Option(help='comma-separated whole numbers; default: those of the recipe')] = '',
-    sets: Annotated[Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')] = None,
+    sets: Annotated[
+        Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')
+    ] = None,
     workers: Annotated[int, typer.Option(help='processes, with a thread each')] = 2,
 ):
     "Ask how sure the aligned models are and treat them: temperature, label smoothing, CFT, RCFT, calibration inside MINT."
-    from mint_nb.calibration_study import GRID, REAL_GRID, calibrate_questions, calibrate_run, part_of_grid   # imports torch
+    from mint_nb.calibration_study import (
+        GRID,
+        REAL_GRID,
+        calibrate_questions,
+        calibrate_run,
+        part_of_grid,
+    )  # imports torch
     from mint_nb.params import resolve_params
     from mint_nb.runs import open_run
     from mint_nb.honest import calibration_markdown, results_home, write_results
-    over = (REAL if cases else {}) | {k: v for k, v in run_overrides('disease', cases, 'calibration', None, '', seeds, sets).items() if k != 'methods'}
-    grid, part = part_of_grid(REAL_GRID if cases else GRID, comma_list(methods), comma_list(treatments)), bool(methods or treatments)
+
+    over = (REAL if cases else {}) | {
+        k: v for k, v in run_overrides('disease', cases, 'calibration', None, '', seeds, sets).items() if k != 'methods'
+    }
+    grid, part = (
+        part_of_grid(REAL_GRID if cases else GRID, comma_list(methods), comma_list(treatments)),
+        bool(methods or treatments),
+    )
     if questions:
         t = calibrate_questions(questions, student, resolve_params(profile, over), out)
-        typer.echo(t[t.metric.isin(['accuracy', 'ece', 'ece_debiased', 'brier'])].round(4).to_string(index=False)); return
+        typer.echo(t[t.metric.isin(['accuracy', 'ece', 'ece_debiased', 'brier'])].round(4).to_string(index=False))
+        return
     run = open_run(out, profile, over)
     typer.echo(calibration_markdown(calibrate_run(run, grid, workers=workers, problem=not cases and not part)))
-    if results_home().parent.exists() and profile in ('calibration', 'confirmation'): typer.echo('\n'.join(map(str, write_results(run, out.name if part else 'phenopackets' if cases else 'simulated', part=grid if part else None))))
+    if results_home().parent.exists() and profile in ('calibration', 'confirmation'):
+        typer.echo(
+            '\n'.join(
+                map(
+                    str,
+                    write_results(
+                        run, out.name if part else 'phenopackets' if cases else 'simulated', part=grid if part else None
+                    ),
+                )
+            )
+        )
 
 # %% ../nbs/90_cli.ipynb #0041
 @app.command()
@@ -345,20 +488,27 @@ def folds(
     methods: Annotated[str, typer.Option(help='comma-separated; default: IN_FOLDS of 83_folds')] = '',
     seed: Annotated[int, typer.Option(help='of folds and trainings')] = 0,
     aside: Annotated[int, typer.Option(help='tiles of other patients each for calibration and for validation')] = 19,
-    sets: Annotated[Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')] = None,
+    sets: Annotated[
+        Optional[list[str]], typer.Option('--set', help='any parameter, name=value; may be repeated')
+    ] = None,
     workers: Annotated[int, typer.Option(help='trainings and predictions at the same time; 0: as in run')] = 0,
 ):
     "Run the tissue pipeline in grouped folds and compare the methods over all patients."
     if not cases.exists(): raise InputError('does not exist', file=cases, field='--cases')
-    from mint_nb.folds import IN_FOLDS, run_folds   # imports torch
-    t = run_folds(cases, out, csv, number, profile, comma_list(methods) or IN_FOLDS, seed, aside, workers, parse_sets(sets or []))
+    from mint_nb.folds import IN_FOLDS, run_folds  # imports torch
+
+    t = run_folds(
+        cases, out, csv, number, profile, comma_list(methods) or IN_FOLDS, seed, aside, workers, parse_sets(sets or [])
+    )
     typer.echo(t.round(3).to_string(index=False))
 
 # %% ../nbs/90_cli.ipynb #0043
 @app.command()
 @clean_errors
 def grid(
-    file: Annotated[Path, typer.Argument(help='YAML: profile, overrides, methods, seeds, vary, retries, cpus, gpus, slurm')],
+    file: Annotated[
+        Path, typer.Argument(help='YAML: profile, overrides, methods, seeds, vary, retries, cpus, gpus, slurm')
+    ],
     on: Annotated[str, typer.Option(help='local, ray, slurm, or here (this process)')] = 'local',
     out: Annotated[Optional[Path], typer.Option(help='folder; default runs/grid-NAME')] = None,
     workers: Annotated[int, typer.Option(help='jobs at the same time on this machine; a cluster queues by itself')] = 2,
@@ -368,9 +518,15 @@ def grid(
     from mint_nb.grid import grid_wide, run_grid   # imports torch
     out = out or Path('runs')/f'grid-{file.stem}'
     table, ended = run_grid(file, out, on, workers, address, typer.echo)
-    typer.echo(f'\n{grid_wide(table).to_string(index=False)}\n\nper cent, over seeds where there are several; intervals: {out}/table.parquet. Research use only.')
+    typer.echo(
+        f'\n{grid_wide(table).to_string(index=False)}\n\nper cent, over seeds where there are several; intervals: {out}/table.parquet. Research use only.'
+    )
     failed = sum(e.state == 'failed' for e in ended.values())
-    if failed: leave(f'{failed} of {len(ended)} jobs failed, {sum(e.state == "not run" for e in ended.values())} were not run for it; attempts: {out}/attempts.jsonl', 1)
+    if failed:
+        leave(
+            f'{failed} of {len(ended)} jobs failed, {sum(e.state == "not run" for e in ended.values())} were not run for it; attempts: {out}/attempts.jsonl',
+            1,
+        )
 
 # %% ../nbs/90_cli.ipynb #0045
 @app.command()
@@ -382,7 +538,9 @@ def export(
     method: Annotated[str, typer.Option(help='which method of the run')] = 'mint',
     seed: Annotated[int, typer.Option(help='which seed of the run')] = 0,
     full: Annotated[bool, typer.Option('--full-precision', help='float32 instead of 16 bits')] = False,
-    push: Annotated[str, typer.Option(help='upload to this hub repository, user/name; nothing is uploaded without it')] = '',
+    push: Annotated[
+        str, typer.Option(help='upload to this hub repository, user/name; nothing is uploaded without it')
+    ] = '',
     public: Annotated[bool, typer.Option('--public', help='the repository of --push is public')] = False,
 ):
     "Write an aligned student as merged weights, adapter or GGUF, and check that it answers the same."
@@ -390,7 +548,9 @@ def export(
     from mint_nb.export import export_student, push as upload   # imports torch
     found = export_student(run, out, format, method, seed, half=not full)
     off, base = found['export_to_student'], found['student_to_base']
-    typer.echo(f"{out}: {found['tokens']} tokens of {found['prompts']} prompts, divergence {off['kl']:.2g} nats (base: {base['kl']:.2g}), {off['top10']:.1%} of the top ten agree")
+    typer.echo(
+        f"{out}: {found['tokens']} tokens of {found['prompts']} prompts, divergence {off['kl']:.2g} nats (base: {base['kl']:.2g}), {off['top10']:.1%} of the top ten agree"
+    )
     if push: typer.echo(upload(out, push, not public))
 
 # %% ../nbs/90_cli.ipynb #0047
@@ -399,7 +559,9 @@ def export(
 def gpu_check(
     part: Annotated[str, typer.Option(help='tests, step, memory or run; default: all, ten minutes each at most')] = '',
     out: Annotated[Path, typer.Option(help='folder for gpu.json and gpu.md')] = Path('benchmarks'),
-    page: Annotated[bool, typer.Option('--page', help='only write gpu.md from gpu.json as it stands, on any machine')] = False,
+    page: Annotated[
+        bool, typer.Option('--page', help='only write gpu.md from gpu.json as it stands, on any machine')
+    ] = False,
 ):
     "On a CUDA machine: GPU tests, step time and memory against TRL, one run; into benchmarks/gpu.json and gpu.md."
     from mint_nb.gpu_check import gpu_check as check, write_page   # imports torch

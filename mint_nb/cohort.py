@@ -52,7 +52,8 @@ def simulated_cases(run: Run, ontology: Ontology) -> tuple[list[Case], Catalogue
 def usable_cases(source: str, ontology: Ontology) -> tuple[list[Case], list[InputError]]:
     "Cases and problems of a source that must hold at least one case."
     cases, problems = load_cases(source, ontology)
-    if not cases: raise InputError(f'holds no usable case, but {len(problems)} problems; the first: {problems[0]}', file=source)
+    if not cases:
+        raise InputError(f'holds no usable case, but {len(problems)} problems; the first: {problems[0]}', file=source)
     return cases, problems
 
 # %% ../nbs/19_cohort.ipynb #0008
@@ -60,16 +61,37 @@ def real_cases(run: Run, ontology: Ontology) -> tuple[list[Case], Catalogue, dic
     "Read real cases, choose answers and cases by seed, write the notes that are missing."
     p, label = run.params.cohort, run.task.label
     cases, problems = usable_cases(p.source, ontology)
-    answers, outside, read = choose_answers(cases, ontology, p, label), [], (len(cases), len(answer_table(cases, label)))
+    answers, outside, read = (
+        choose_answers(cases, ontology, p, label),
+        [],
+        (len(cases), len(answer_table(cases, label))),
+    )
     if p.test_source:
         others, more = usable_cases(p.test_source, ontology)
         cases, outside = outside_test(cases, others, answers, p.test, p.seed, label)
         problems += more
-    chosen = [add_note(c, ontology, p.note_style, p.max_findings, p.note_noise, p.seed) for c in [*select_cases(cases, answers, p, label), *outside]]
+    chosen = [
+        add_note(c, ontology, p.note_style, p.max_findings, p.note_noise, p.seed)
+        for c in [*select_cases(cases, answers, p, label), *outside]
+    ]
     lost = [str(e) for e in problems if not isinstance(e, InputWarning)]
-    facts = {'test_source': p.test_source, 'read': read[0], 'answers_read': read[1], 'lost': len(lost), 'corrected': len(problems) - len(lost)}
-    return chosen, catalogue_of_cases(answers, ontology, label), {'source': str(p.source), 'simulated': False, **facts, 'problems': lost[:50] + [
-        str(e) for e in problems if isinstance(e, InputWarning)][:50]}
+    facts = {
+        'test_source': p.test_source,
+        'read': read[0],
+        'answers_read': read[1],
+        'lost': len(lost),
+        'corrected': len(problems) - len(lost),
+    }
+    return (
+        chosen,
+        catalogue_of_cases(answers, ontology, label),
+        {
+            'source': str(p.source),
+            'simulated': False,
+            **facts,
+            'problems': lost[:50] + [str(e) for e in problems if isinstance(e, InputWarning)][:50],
+        },
+    )
 
 # %% ../nbs/19_cohort.ipynb #0010
 def make_cohort(
@@ -80,35 +102,70 @@ def make_cohort(
     for field in ('source', 'test_source', 'embeddings'):
         path = getattr(p, field)
         if path and not Path(path).exists(): raise InputError('does not exist', file=path, field=f'cohort.{field}')
-    sources, stamp = [str(Path(f).resolve()) for f in (p.source, p.test_source, p.embeddings) if f], None   # outside the run folder
+    sources, stamp = (
+        [str(Path(f).resolve()) for f in (p.source, p.test_source, p.embeddings) if f],
+        None,
+    )  # outside the run folder
     if run.task.view == 'image':
         from mint_nb.tiles import source_stamp
         stamps = [source_stamp(f) for f in (p.source, p.test_source) if f]
         sources, stamp = [f for files, _ in stamps for f in files], [s for _, s in stamps if s] or None
-    files = ['cases.parquet', 'catalogue.json', 'images', 'card.json', 'hidden_labels.json'] + ['captions.parquet']*(run.task.view == 'image')
-    return run_stage(run, 'cohort', lambda: write_cohort(run), 'mint_nb.cohort', ['cohort', 'task'], sources, [f'cases/{f}' for f in files], stamp)
+    files = ['cases.parquet', 'catalogue.json', 'images', 'card.json', 'hidden_labels.json'] + ['captions.parquet'] * (
+        run.task.view == 'image'
+    )
+    return run_stage(
+        run,
+        'cohort',
+        lambda: write_cohort(run),
+        'mint_nb.cohort',
+        ['cohort', 'task'],
+        sources,
+        [f'cases/{f}' for f in files],
+        stamp,
+    )
 
 # %% ../nbs/19_cohort.ipynb #0011
 def patients_of(run: Run, images: Path) -> tuple[list[Case], Catalogue, dict, dict]:
     "Patients with notes and portraits; catalogue; facts for the card; no captions."
     p, ontology = run.params.cohort, load_ontology()
     cases, catalogue, facts = (real_cases if p.source else simulated_cases)(run, ontology)
-    check_splits(cases); list_sizes(len(catalogue), run.params.pairs.k, run.params.pairs.q)
-    if p.embeddings: cases = use_embeddings(cases, p.embeddings, images)
-    else: cases = [draw_case(c, images, ontology, p.image_size, not p.source, p.seed) for c in progress(cases, 'drawing portraits')]
+    check_splits(cases)
+    list_sizes(len(catalogue), run.params.pairs.k, run.params.pairs.q)
+    if p.embeddings:
+        cases = use_embeddings(cases, p.embeddings, images)
+    else:
+        cases = [
+            draw_case(c, images, ontology, p.image_size, not p.source, p.seed)
+            for c in progress(cases, 'drawing portraits')
+        ]
     return cases, catalogue, facts | {'hpo': ontology.version}, {}
 
+# %% ../nbs/19_cohort.ipynb #0011-1
 def tiles_of(run: Run, images: Path) -> tuple[list[Case], Catalogue, dict, dict]:
     "Tiles; catalogue; facts for the card; captions."
     from mint_nb.tiles import real_tiles, save_tiles, simulated_tiles
     p, label = run.params.cohort, run.task.label
     if p.embeddings: raise InputError('embeddings replace portraits, and tiles have none', field='cohort.embeddings')
-    if p.label_share < 1: raise InputError('captions of simulated tiles nearly give a hidden tissue away, so tiles keep their labels', field='cohort.label_share')
+    if p.label_share < 1:
+        raise InputError(
+            'captions of simulated tiles nearly give a hidden tissue away, so tiles keep their labels',
+            field='cohort.label_share',
+        )
     made = (real_tiles if p.source else simulated_tiles)(p, label)
-    check_splits(made.cases); list_sizes(len(made.catalogue), run.params.pairs.k, run.params.pairs.q)
+    check_splits(made.cases)
+    list_sizes(len(made.catalogue), run.params.pairs.k, run.params.pairs.q)
     cases, captions, lost = save_tiles(made, images)
-    if not cases: raise InputError(f'holds no usable tile; the first problem: {lost[0]}' if lost else 'leaves no tile in any split', file=p.source, field='cohort')
-    more = {'lost': made.facts['lost'] + len(lost), 'problems': (made.facts['problems'] + [str(e) for e in lost])[:50]} if p.source else {}
+    if not cases:
+        raise InputError(
+            f'holds no usable tile; the first problem: {lost[0]}' if lost else 'leaves no tile in any split',
+            file=p.source,
+            field='cohort',
+        )
+    more = (
+        {'lost': made.facts['lost'] + len(lost), 'problems': (made.facts['problems'] + [str(e) for e in lost])[:50]}
+        if p.source
+        else {}
+    )
     return cases, made.catalogue, made.facts | more | {'hpo': None}, captions
 
 # %% ../nbs/19_cohort.ipynb #0012
@@ -118,7 +175,8 @@ def write_cohort(run: Run) -> None:
     with atomic_path(run/'cases/images') as images:
         images.mkdir(exist_ok=True)
         cases, catalogue, facts, captions = (tiles_of if task.view == 'image' else patients_of)(run, images)
-    if empty := [s for s in ('train', 'test') if not any(c.split == s for c in cases)]: raise InputError(f'no case is in {" and in ".join(empty)}', file=p.source, field='split')
+    if empty := [s for s in ('train', 'test') if not any(c.split == s for c in cases)]:
+        raise InputError(f'no case is in {" and in ".join(empty)}', file=p.source, field='split')
     wanted = {s: getattr(p, s) for s in ('train', 'calibration', 'validation', 'test')}
     card = facts | {'task': run.params.task, 'seed': p.seed} | cohort_card(cases, catalogue, task.label, wanted)
     if not facts.get('patients', True):
@@ -126,15 +184,22 @@ def write_cohort(run: Run) -> None:
         card['warnings'].append(NO_PATIENTS)
     cases, hidden = hide_labels(cases, p.label_share, p.seed, task.label)
     write_json(run/'cases/hidden_labels.json', hidden)
-    write_cases(run/'cases/cases.parquet', cases); write_json(run/'cases/catalogue.json', catalogue.to_json())
+    write_cases(run / 'cases/cases.parquet', cases)
+    write_json(run / 'cases/catalogue.json', catalogue.to_json())
     write_json(run/'cases/card.json', card | {'label_share': p.label_share, 'labels_hidden': len(hidden)})
     if captions:
         import pandas as pd
-        write_table(run/'cases/captions.parquet', pd.DataFrame({'case_id': [c.id for c in cases], 'caption': [captions[c.id] for c in cases]}))
+
+        write_table(
+            run / 'cases/captions.parquet',
+            pd.DataFrame({'case_id': [c.id for c in cases], 'caption': [captions[c.id] for c in cases]}),
+        )
     print(describe_cohort(card))
 
 # %% ../nbs/19_cohort.ipynb #0013
-def cohort_captions(run: Run, split: Optional[str] = None) -> dict[str, str]:   # case id to caption; {}: the cases have none
+def cohort_captions(
+    run: Run, split: Optional[str] = None
+) -> dict[str, str]:  # case id to caption; {}: the cases have none
     "What is seen in the tiles of a run; the answer is never named."
     file, mine = run/'cases/captions.parquet', {c.id for c in run.cases(split)}
     return {i: t for i, t in read_table(file).itertuples(index=False) if i in mine} if file.exists() else {}

@@ -32,8 +32,12 @@ class InputError(ValueError):
         hint: str = '',        # what the user can do about it
     ):
         self.problem, self.file, self.record, self.field, self.hint = problem, file, record, field, hint
-        place = ', '.join(f'{k} {printable(v, 300)}' for k, v in (('file', file), ('record', record), ('field', field)) if v is not None)
-        problem = problem.encode('utf-8', 'replace').decode()     # half a character from a damaged file cannot be printed
+        place = ', '.join(
+            f'{k} {printable(v, 300)}'
+            for k, v in (('file', file), ('record', record), ('field', field))
+            if v is not None
+        )
+        problem = problem.encode('utf-8', 'replace').decode()  # half a character from a damaged file cannot be printed
         super().__init__(f"{place + ': ' if place else ''}{problem}{' (' + hint + ')' if hint else ''}")
 
 # %% ../nbs/00_core.ipynb #tab1
@@ -85,8 +89,11 @@ def atomic_path(
         if path.is_dir() and tmp.is_dir(): shutil.rmtree(path)
         os.replace(tmp, path)
     except OSError as e:
-        if e.errno is None: raise
-        raise InputError(f'cannot be written: {e.strerror}', file=path, hint='free some space or choose another folder') from e
+        if e.errno is None:
+            raise
+        raise InputError(
+            f'cannot be written: {e.strerror}', file=path, hint='free some space or choose another folder'
+        ) from e
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         elif tmp.exists(): tmp.unlink()
@@ -99,16 +106,24 @@ def write_json(path: Path | str, obj: Any) -> Path:
 
 def read_json(path: Path | str) -> Any:
     "Read one JSON file; a broken one is an `InputError` with line and column."
-    try: return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text())
     except json.JSONDecodeError as e:
         raise InputError(f'is not valid JSON: {e.msg} at line {e.lineno}, column {e.colno}', file=path) from e
-    except (UnicodeDecodeError, RecursionError) as e: raise InputError(f'is not valid JSON: {printable(e)}', file=path) from e
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise InputError(f'is not valid JSON: {printable(e)}', file=path) from e
+
 
 def read_yaml(path: Path | str) -> dict:
     "Read a YAML file that maps names to values; nothing in it is run, and anything else is an `InputError`."
-    try: obj = yaml.safe_load(Path(path).read_text())
-    except Exception as e: raise InputError(f'is not readable as YAML: {printable(e)}', file=path) from e    # PyYAML raises half a dozen kinds on damaged text
-    if not isinstance(obj, (dict, type(None))) or not all(isinstance(k, str) for k in obj or ()): raise InputError('does not map names to values', file=path)
+    try:
+        obj = yaml.safe_load(Path(path).read_text())
+    except Exception as e:
+        raise InputError(
+            f'is not readable as YAML: {printable(e)}', file=path
+        ) from e  # PyYAML raises half a dozen kinds on damaged text
+    if not isinstance(obj, (dict, type(None))) or not all(isinstance(k, str) for k in obj or ()):
+        raise InputError('does not map names to values', file=path)
     return obj or {}
 
 # %% ../nbs/00_core.ipynb #0018
@@ -126,8 +141,12 @@ def write_table(path: Path | str, table: 'pd.DataFrame') -> Path:
 def read_table(path: Path | str) -> 'pd.DataFrame':
     "Read a Parquet table written by `write_table`."
     import pandas as pd
-    try: return pd.read_parquet(path)
-    except Exception as e: raise InputError(f'is not a readable Parquet table: {printable(e)}', file=path) from e    # a damaged file can make Arrow raise anything
+    try:
+        return pd.read_parquet(path)
+    except Exception as e:
+        raise InputError(
+            f'is not a readable Parquet table: {printable(e)}', file=path
+        ) from e  # a damaged file can make Arrow raise anything
 
 # %% ../nbs/00_core.ipynb #0021
 def digest(obj: Any) -> str:
@@ -211,7 +230,12 @@ def _strip_docs(tree: ast.AST) -> ast.AST:
     "Remove the docstrings of a syntax tree, in place."
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(getattr(body[0], 'value', None), ast.Constant)
+        ):
             body[0] = ast.Pass()
     return tree
 
@@ -227,7 +251,10 @@ def _imports(tree: ast.AST) -> list[str]:
     return out
 
 # %% ../nbs/00_core.ipynb #0023c
-_parsing = threading.Lock()   # Python 3.11 mixes up the recursion depths of two threads that parse at the same time (cpython issue 106905)
+_parsing = (
+    threading.Lock()
+)  # Python 3.11 mixes up the recursion depths of two threads that parse at the same time (cpython issue 106905)
+
 
 def _source(module: str) -> Path:
     "The file of a module."
@@ -245,7 +272,9 @@ def _parsed(file: Path) -> list:
 def _module_code(module: str) -> tuple[str, list[str]]:
     "The same for a module, remembered for this version of Python and of this file."
     file = _source(module)
-    code, imports = recall(f'code of {file}, Python {sys.version}', [file, _source('mint_nb.core')], lambda: _parsed(file))
+    code, imports = recall(
+        f'code of {file}, Python {sys.version}', [file, _source('mint_nb.core')], lambda: _parsed(file)
+    )
     return code, imports
 
 # %% ../nbs/00_core.ipynb #0023d

@@ -46,7 +46,11 @@ def _json_names(text: str) -> list[str]:
 def _raw_names(text: str) -> list[str]:
     "Candidate names in the order written, by the strongest structure found."
     if found := _json_names(text): return found
-    inline = r"\s(?=\(?\d{1,2}[.)]\s*['\"“‘])" if '\n' in text.strip() else r"\s(?=\d{1,2}[.)]\s)|\s(?=\(?\d{1,2}[.)]\s*['\"“‘])"
+    inline = (
+        r"\s(?=\(?\d{1,2}[.)]\s*['\"“‘])"
+        if '\n' in text.strip()
+        else r"\s(?=\d{1,2}[.)]\s)|\s(?=\(?\d{1,2}[.)]\s*['\"“‘])"
+    )
     lines = [l for l in re.sub(inline, '\n', text).splitlines() if l.strip()]
     if items := [m.group(1) for l in lines if (m := _ITEM.match(l))]: return items
     if quoted := re.findall(r"(?<!\w)['\"“‘]([^'\"“”‘’]{3,})['\"”’](?!\w)", text): return quoted
@@ -73,7 +77,11 @@ def shared_prefix(
     "How many leading tokens all sequences share, leaving each at least one of its own."
     n = min(map(len, sequences)) - 1
     first = sequences[0]
-    return next((i for i in range(n) if any(s[i] != first[i] for s in sequences[1:])), max(n, 0)) if len(sequences) > 1 else 0
+    return (
+        next((i for i in range(n) if any(s[i] != first[i] for s in sequences[1:])), max(n, 0))
+        if len(sequences) > 1
+        else 0
+    )
 
 # %% ../nbs/50_decode.ipynb #0017
 def extend(
@@ -100,11 +108,25 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:   # logits (B, V) of the next token, cache, mask (B, L)
     "Run the model over prompts: what all share once, the rest left-padded."
     n, cache = shared_prefix(prompts), DynamicCache(config=student.model.config)
-    if images: n = min(n, *(list(p).index(student.place_id) for p in prompts))      # the places are alike, what stands in them is not
+    if images:
+        n = min(
+            n, *(list(p).index(student.place_id) for p in prompts)
+        )  # the places are alike, what stands in them is not
     if n:
-        student.model(input_ids=torch.tensor([list(prompts[0][:n])], device=student.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        student.model(
+            input_ids=torch.tensor([list(prompts[0][:n])], device=student.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache.batch_repeat_interleave(len(prompts))
-    logits, mask = extend(student, cache, torch.ones(len(prompts), n, dtype=torch.long, device=student.device), [p[n:] for p in prompts], images)
+    logits, mask = extend(
+        student,
+        cache,
+        torch.ones(len(prompts), n, dtype=torch.long, device=student.device),
+        [p[n:] for p in prompts],
+        images,
+    )
     return logits, cache, mask
 
 # %% ../nbs/50_decode.ipynb #0022
@@ -119,11 +141,16 @@ def drop_rows(
     return [t[index] for t in tensors]
 
 # %% ../nbs/50_decode.ipynb #0025
-def grouped_attention(module, query, key, value, attention_mask=None, **kw):   # (B, H, n, D), (B, K, L, D) twice, (B, 1, n, L)
+def grouped_attention(
+    module, query, key, value, attention_mask=None, **kw
+):  # (B, H, n, D), (B, K, L, D) twice, (B, 1, n, L)
     "Attention in which the H/K queries of a key head stand side by side when there is one new token; otherwise the usual one."
     (B, H, n, D), K = query.shape, key.shape[1]
-    if n > 1 or H == K or kw.get('position_bias') is not None: return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
-    out = F.scaled_dot_product_attention(query.reshape(B, K, H//K, D), key, value, attn_mask=attention_mask, scale=kw.get('scaling'))
+    if n > 1 or H == K or kw.get('position_bias') is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
+    out = F.scaled_dot_product_attention(
+        query.reshape(B, K, H // K, D), key, value, attn_mask=attention_mask, scale=kw.get('scaling')
+    )
     return out.reshape(B, 1, H, D), None
 
 AttentionInterface.register('mint_grouped', grouped_attention)
@@ -160,10 +187,16 @@ def continue_batch(
                 elif i not in ended: out[i].append(t)
             if len(ended) == len(out) or step == max_new_tokens - 1: break
             keep = [r for r, i in enumerate(rows) if i not in ended]
-            if not stay and len(keep) <= .75*len(rows): (token, mask), rows = drop_rows(keep, cache, token, mask), [rows[r] for r in keep]
+            if not stay and len(keep) <= 0.75 * len(rows):
+                (token, mask), rows = drop_rows(keep, cache, token, mask), [rows[r] for r in keep]
             mask = torch.cat([mask, torch.tensor([[int(i not in ended)] for i in rows], device=mask.device)], 1)
-            logits = student.model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                                   past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = student.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
     return out, mask
 
 # %% ../nbs/50_decode.ipynb #0030
@@ -174,8 +207,10 @@ def decode_batch(
     images: Sequence[str] = (),         # an image for each prompt, if they show one
 ) -> list[list[int]]:                   # new token ids, without the end token
     "Greedy decoding of one batch of prompts."
-    if images and isinstance(student.vision, OwnVision): return [own_decode(student, *x, max_new_tokens) for x in zip(prompts, images, states or [None]*len(prompts))]
-    with torch.no_grad(): return continue_batch(student, *encode_prompts(student, prompts, images), max_new_tokens, states)[0]
+    if images and isinstance(student.vision, OwnVision):
+        return [own_decode(student, *x, max_new_tokens) for x in zip(prompts, images, states or [None] * len(prompts))]
+    with torch.no_grad():
+        return continue_batch(student, *encode_prompts(student, prompts, images), max_new_tokens, states)[0]
 
 # %% ../nbs/50_decode.ipynb #0035
 def generate(
@@ -196,8 +231,11 @@ def generate(
             part = order[start:start + batch_size]
             states = [tries[i].start() for i in part] if trie is not None else None
             limit = max(tries[i].longest for i in part) if states else max_new_tokens
-            new = decode_batch(student, [prompts[i] for i in part], limit, states, [images[i] for i in part] if images else ())
-            for i, ids in zip(part, new): texts[i] = student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            new = decode_batch(
+                student, [prompts[i] for i in part], limit, states, [images[i] for i in part] if images else ()
+            )
+            for i, ids in zip(part, new):
+                texts[i] = student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if on_batch: on_batch(part, [texts[i] for i in part])
             bar.update(len(part))
     return texts
@@ -218,8 +256,12 @@ def name_tree(
     for i, path in paths.items():
         node = 0
         for t in path:
-            if t not in children[node]: children[node][t] = len(children); children.append({}); count.append(0)
-            node = children[node][t]; count[node] += 1
+            if t not in children[node]:
+                children[node][t] = len(children)
+                children.append({})
+                count.append(0)
+            node = children[node][t]
+            count[node] += 1
         names.setdefault(node, []).append(i)
     return NameTree(children, [np.array(sorted(c), dtype=np.int64) for c in children], count, names)
 
@@ -234,18 +276,28 @@ class NameTrie:
     ):
         ids = lambda t: list(tokenizer(t, add_special_tokens=False)['input_ids'])
         self.k, self.eos, names = min(k, len(catalogue)), tokenizer.eos_token_id, catalogue.names
-        self.header, self.numbers, n = ids(task.header + '\n'), [ids(f'{i}.') for i in range(1, self.k + 1)], len(ids('1.'))
-        self.inner = {i: tuple(ids(f"1. '{name}'\n")[n:]) for i, name in names.items()}   # a line with another behind it
+        self.header, self.numbers, n = (
+            ids(task.header + '\n'),
+            [ids(f'{i}.') for i in range(1, self.k + 1)],
+            len(ids('1.')),
+        )
+        self.inner = {i: tuple(ids(f"1. '{name}'\n")[n:]) for i, name in names.items()}  # a line with another behind it
         self.final = {i: tuple(ids(f"1. '{name}'")[n:]) for i, name in names.items()}     # the last line
         for start in range(0, len(catalogue), self.k):
             some = (catalogue.ids*2)[start:start + self.k]
             if self.write(some) != ids(task.answer([names[i] for i in some])):
-                raise InputError('the tokenizer merges a name with the format around it; constrained decoding would be wrong', record=some[0], field='predict.constrained')
+                raise InputError(
+                    'the tokenizer merges a name with the format around it; constrained decoding would be wrong',
+                    record=some[0],
+                    field='predict.constrained',
+                )
         self.longest = len(self.header) + sum(map(len, self.numbers)) + self.k*max(map(len, self.inner.values())) + 1
 
     def write(self, some: Sequence[str]) -> list[int]:
         "Tokens of the answer that lists these ids."
-        lines = [self.numbers[j] + list((self.final if j == len(some) - 1 else self.inner)[i]) for j, i in enumerate(some)]
+        lines = [
+            self.numbers[j] + list((self.final if j == len(some) - 1 else self.inner)[i]) for j, i in enumerate(some)
+        ]
         return self.header + sum(lines, [])
 
     def start(self) -> 'ListState': return ListState(self)
@@ -290,16 +342,22 @@ class ListState:
 @patch
 def push(self: ListState, token: int) -> None:
     "Take the token that was chosen."
-    if self.queue: self.queue = self.queue[1:] or ([self.trie.eos] if self.line == self.trie.k else []); return
-    self.node = self.tree.children[self.node][token]; self.path.append(token)
+    if self.queue:
+        self.queue = self.queue[1:] or ([self.trie.eos] if self.line == self.trie.k else [])
+        return
+    self.node = self.tree.children[self.node][token]
+    self.path.append(token)
     if self.node not in self.tree.names: return
     self._close(self.path)
-    self.used.append(self.tree.names[self.node][self.gone[self.node] - 1]); self.line += 1
+    self.used.append(self.tree.names[self.node][self.gone[self.node] - 1])
+    self.line += 1
     self.queue = self.trie.numbers[self.line] if self.line < self.trie.k else [self.trie.eos]
     if self.line < self.trie.k: self._open()
 
 # %% ../nbs/50_decode.ipynb #0054
-def logits_of(logits: torch.Tensor, some: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:   # (B, V), token ids of each row; (B, W) twice
+def logits_of(
+    logits: torch.Tensor, some: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, V), token ids of each row; (B, W) twice
     "The logits of some tokens of each row, and which tokens they are; -1 and minus infinity fill up."
     ids = np.full((len(some), max(map(len, some))), -1)
     for r, a in enumerate(some): ids[r, :len(a)] = a
@@ -329,11 +387,19 @@ class Held(LogitsProcessor):
         return hold(scores, [self.state])
 
 @torch.no_grad()
-def own_decode(student: Student, prompt: Sequence[int], image: str, state: Optional[ListState], max_new_tokens: int) -> list[int]:
+def own_decode(
+    student: Student, prompt: Sequence[int], image: str, state: Optional[ListState], max_new_tokens: int
+) -> list[int]:
     "Greedy decoding of one prompt by the model's own `generate`."
     held = LogitsProcessorList([Held(state, len(prompt))] if state else [])
-    out = student.model.generate(**student.row_inputs(prompt, (), image), max_new_tokens=max_new_tokens, do_sample=False, logits_processor=held,
-                                 eos_token_id=student.eos_id, pad_token_id=student.pad_id)[0, len(prompt):].tolist()
+    out = student.model.generate(
+        **student.row_inputs(prompt, (), image),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=held,
+        eos_token_id=student.eos_id,
+        pad_token_id=student.pad_id,
+    )[0, len(prompt) :].tolist()
     return out[:out.index(student.eos_id)] if student.eos_id in out else out
 
 # %% ../nbs/50_decode.ipynb #0064
@@ -351,7 +417,9 @@ def score_names(
     context, n = list(prompt_ids) + ids(task.header + '\n') + ids('1.'), len(ids('1.'))
     paths, out = [ids(f"1. '{name}'")[n:] for name in names], np.zeros(len(names))
     encoded = DynamicCache(config=student.model.config)
-    student.model(**student.row_inputs(context[:-1], (), image), past_key_values=encoded, use_cache=True, logits_to_keep=1)
+    student.model(
+        **student.row_inputs(context[:-1], (), image), past_key_values=encoded, use_cache=True, logits_to_keep=1
+    )
     order = sorted(range(len(names)), key=lambda i: len(paths[i]))
     for start in range(0, len(order), batch_size):
         part = order[start:start + batch_size]
@@ -377,7 +445,9 @@ class Beam(NamedTuple):
     row: int = -1    # of the batch it came from; -1: finished
     token: int = -1  # its last one
 
-def next_beams(rows: Sequence[Beam], logits: torch.Tensor, tree: NameTree, finished: list[list[Beam]], width: int) -> list[Beam]:
+def next_beams(
+    rows: Sequence[Beam], logits: torch.Tensor, tree: NameTree, finished: list[list[Beam]], width: int
+) -> list[Beam]:
     "The best continuations of each prompt's beams; whole names go to `finished`, of which only the best stay."
     values, ids = logits_of(logits.float().log_softmax(1), [tree.allowed[b.node] for b in rows])
     values = values + torch.tensor([b.score for b in rows], device=logits.device)[:, None]
@@ -405,8 +475,13 @@ def beam_names(
         while rows := next_beams(rows, logits, tree, finished, width):
             if [b.row for b in rows] != list(range(len(mask))): mask, = drop_rows([b.row for b in rows], cache, mask)
             mask = F.pad(mask, (0, 1), value=1)
-            logits = student.model(input_ids=torch.tensor([[b.token] for b in rows], device=mask.device), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                                   past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = student.model(
+                input_ids=torch.tensor([[b.token] for b in rows], device=mask.device),
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
     return [[(tree.names[b.node][0], b.score) for b in f] for f in finished]
 
 # %% ../nbs/50_decode.ipynb #0074
@@ -423,7 +498,10 @@ def rankings_from_texts(
         for name in parse_answer(text, task):
             found = catalogue.resolve(name).id
             listed.setdefault(found or f'written {normalise(name)}', (found, name))
-        rows += [dict(case_id=case_id, rank=r, answer_id=i, written=n, score=1/r) for r, (i, n) in enumerate(list(listed.values())[:top], 1)]
+        rows += [
+            dict(case_id=case_id, rank=r, answer_id=i, written=n, score=1 / r)
+            for r, (i, n) in enumerate(list(listed.values())[:top], 1)
+        ]
     return make_rankings(rows)
 
 # %% ../nbs/50_decode.ipynb #0077
@@ -460,11 +538,31 @@ def rank(self: StudentRanker, cases: Sequence[Case], top: int = 10, bottom: int 
     "Ask for a list per case and read it; a list has no tail, so `bottom` is without effect."
     todo = [c for c in cases if c.id not in self.texts]
     images = images_of(self.task, todo, self.folder)
-    prompts = [self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt, self.paper, images[n] if images else None, list(self.catalogue.names.values()))
-               for n, c in enumerate(todo)]
+    prompts = [
+        self.student.prompt_ids(
+            self.task,
+            c.note,
+            self.k,
+            self.max_prompt,
+            self.paper,
+            images[n] if images else None,
+            list(self.catalogue.names.values()),
+        )
+        for n, c in enumerate(todo)
+    ]
     def keep(positions, texts):
         new = {todo[i].id: t for i, t in zip(positions, texts)}
         self.texts.update(new)
         if self.on_text: self.on_text(new)
-    generate(self.student, prompts, self.max_new_tokens, self.batch_size, tries_of(self, todo), keep, f'{self.name}: answers', images)
+
+    generate(
+        self.student,
+        prompts,
+        self.max_new_tokens,
+        self.batch_size,
+        tries_of(self, todo),
+        keep,
+        f'{self.name}: answers',
+        images,
+    )
     return rankings_from_texts({c.id: self.texts[c.id] for c in cases}, self.task, self.catalogue, top)

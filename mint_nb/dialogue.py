@@ -23,7 +23,9 @@ class Dialogues(Protocol):
     "Conversations held side by side."
     history: list[list[dict]]    # chat messages of each conversation
     @property
-    def tokens(self) -> dict: ...    # 'prompt': tokens of all prompts, as a client that resends the chat counts them; 'new': tokens of all replies
+    def tokens(
+        self,
+    ) -> dict: ...  # 'prompt': tokens of all prompts, as a client that resends the chat counts them; 'new': tokens of all replies
     def start(self, systems: Sequence[str]) -> None: ...
     def turn(self, messages: Sequence[str], max_new_tokens: int, tries: Optional[list] = None) -> list[str]: ...
 
@@ -54,8 +56,10 @@ class StudentDialogues:
     "Conversations with a student on this machine."
     student: Student
     reuse: bool = True                             # keep keys and values between turns
-    history: list = field(default_factory=list)    # chat messages of each conversation
-    tokens: dict = field(default_factory=lambda: {'prompt': 0, 'encoded': 0, 'new': 0})   # encoded: those of the prompts that were not in the cache
+    history: list = field(default_factory=list)  # chat messages of each conversation
+    tokens: dict = field(
+        default_factory=lambda: {'prompt': 0, 'encoded': 0, 'new': 0}
+    )  # encoded: those of the prompts that were not in the cache
 
     def __post_init__(self):
         self.reuse = self.reuse and not any(DynamicCache(config=self.student.model.config).is_sliding)
@@ -108,17 +112,31 @@ def turn(self: StudentDialogues,
     tries: Optional[list] = None,    # a `NameTrie` for each conversation: hold the replies to their names
 ) -> list[str]:
     "Say something in each conversation and get the replies."
-    if len(messages) != len(self.history): raise InputError(f'{len(messages)} messages for {len(self.history)} conversations', field='messages')
+    if len(messages) != len(self.history):
+        raise InputError(f'{len(messages)} messages for {len(self.history)} conversations', field='messages')
     chats = [h + [{'role': 'user', 'content': m}] for h, m in zip(self.history, messages)]
-    prompts, most = [self.student.message_ids(c) for c in chats], max(t.longest for t in tries) if tries else max_new_tokens
+    prompts, most = (
+        [self.student.message_ids(c) for c in chats],
+        max(t.longest for t in tries) if tries else max_new_tokens,
+    )
     for i, p in enumerate(prompts):
-        if len(p) + most > self.limit: raise InputError(f'{len(p)} tokens and a reply of {most} exceed the {self.limit} positions of the model', record=i,
-                                                        field='conversation', hint='shorten the note or the passages')
+        if len(p) + most > self.limit:
+            raise InputError(
+                f'{len(p)} tokens and a reply of {most} exceed the {self.limit} positions of the model',
+                record=i,
+                field='conversation',
+                hint='shorten the note or the passages',
+            )
     logits, before = self._read(prompts), self.mask.sum(1)
-    new, self.mask = continue_batch(self.student, logits, self.cache, self.mask, most, [t.start() for t in tries] if tries else None, stay=True)
+    new, self.mask = continue_batch(
+        self.student, logits, self.cache, self.mask, most, [t.start() for t in tries] if tries else None, stay=True
+    )
     fed = (self.mask.sum(1) - before).tolist()            # the last token of a reply has been written but not read
     self.held = [h + ids[:n] for h, ids, n in zip(self.held, new, fed)]
-    self.tokens['prompt'] += sum(map(len, prompts)); self.tokens['new'] += sum(map(len, new))
-    replies = [self.student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in new]
+    self.tokens['prompt'] += sum(map(len, prompts))
+    self.tokens['new'] += sum(map(len, new))
+    replies = [
+        self.student.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in new
+    ]
     self.history = [c + [{'role': 'assistant', 'content': r}] for c, r in zip(chats, replies)]
     return replies

@@ -25,14 +25,17 @@ from .packing import Item
 def items_from_rows(
     rows: Sequence[dict],
     student: Student,
-    prompt: Optional[Callable[[dict], list[int]]] = None,   # tokens of a row's prompt; None: as it stands, at full length
+    prompt: Optional[
+        Callable[[dict], list[int]]
+    ] = None,  # tokens of a row's prompt; None: as it stands, at full length
 ) -> list[Item]:
     "Items as the engine takes them, in the order of the rows."
     found: dict[str, Item] = {}
     for n, r in enumerate(rows):
         text = lambda side: student.answer_ids(r[side][0]['content'])
         key = str(r.get('case_id', n))
-        if key not in found: found[key] = Item(key, prompt(r) if prompt else student.message_ids(list(r['prompt'])), [text('chosen')])
+        if key not in found:
+            found[key] = Item(key, prompt(r) if prompt else student.message_ids(list(r['prompt'])), [text('chosen')])
         found[key].answers.append(text('rejected'))
     return list(found.values())
 
@@ -75,9 +78,18 @@ def special_tokens(student: Student, items: Sequence[Item]) -> list[str]:
     t = student.tokenizer
     name = lambda i: 'none' if i is None else f'{t.convert_ids_to_tokens(i)} ({i})'
     first = [first_difference(i.answers[0], a) for i in items for a in i.answers[1:]]
-    return [f'end {name(t.eos_token_id)}, padding {name(t.pad_token_id)}, begin {name(t.bos_token_id)}' + (': END AND PADDING ARE ONE' if t.eos_token_id == t.pad_token_id else ''),
-            f'chat template of {len(t.chat_template)} characters' if t.chat_template else 'NO CHAT TEMPLATE: the tokenizer cannot render messages',
-            *([f'answers first differ at token {np.median(first):.0f} (median; {min(first)} to {max(first)})'] if first else [])]
+    return [
+        f'end {name(t.eos_token_id)}, padding {name(t.pad_token_id)}, begin {name(t.bos_token_id)}'
+        + (': END AND PADDING ARE ONE' if t.eos_token_id == t.pad_token_id else ''),
+        f'chat template of {len(t.chat_template)} characters'
+        if t.chat_template
+        else 'NO CHAT TEMPLATE: the tokenizer cannot render messages',
+        *(
+            [f'answers first differ at token {np.median(first):.0f} (median; {min(first)} to {max(first)})']
+            if first
+            else []
+        ),
+    ]
 
 # %% ../nbs/47_doctor.ipynb #0018
 class Work(NamedTuple):
@@ -90,7 +102,11 @@ def sizes(student: Student) -> dict[str, int]:
     "Weights inside the layers, frozen and adapter, and of the output layer."
     inner = [(n, p.numel()) for n, p in student.model.named_parameters() if '.layers.' in n]
     config = student.model.config.get_text_config()
-    return dict(frozen=sum(k for n, k in inner if 'lora' not in n), adapter=sum(k for n, k in inner if 'lora' in n), head=config.vocab_size*config.hidden_size)
+    return dict(
+        frozen=sum(k for n, k in inner if 'lora' not in n),
+        adapter=sum(k for n, k in inner if 'lora' in n),
+        head=config.vocab_size * config.hidden_size,
+    )
 
 # %% ../nbs/47_doctor.ipynb #0020
 def count_work(student: Student, tokens: int, read: int, layers: int = 0, cached: bool = True) -> Work:
@@ -107,14 +123,18 @@ def multiply_rate(dtype: torch.dtype, device: Any = 'cpu', seconds: float = .1) 
     a, b, n = torch.randn(256, 1024, dtype=dtype, device=device), torch.randn(1024, 2048, dtype=dtype, device=device), 0
     for _ in range(3): a @ b
     sync = torch.cuda.synchronize if a.is_cuda else lambda: None
-    sync(); start = time.perf_counter()
+    sync()
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(4): a @ b
-        sync(); n += 4
+        sync()
+        n += 4
     return n*a.shape[0]*b.numel()/(time.perf_counter() - start)/1e9
 
 # %% ../nbs/47_doctor.ipynb #0024
-def estimate_training(student: Student, items: Sequence[Item], sp: StudentParams, tp: TrainParams) -> tuple[float, float]:
+def estimate_training(
+    student: Student, items: Sequence[Item], sp: StudentParams, tp: TrainParams
+) -> tuple[float, float]:
     "Seconds and MB, roughly."
     config, w = student.model.config.get_text_config(), sizes(student)
     weight = next(student.model.parameters())
@@ -123,7 +143,12 @@ def estimate_training(student: Student, items: Sequence[Item], sp: StudentParams
     seconds = (k.top*tp.epochs + k.below)/multiply_rate(weight.dtype, weight.device)/.5
     layers, longest = sp.lora_layers or config.num_hidden_layers, max(map(len, items))
     kept = longest*layers*(14*config.hidden_size + 5*config.intermediate_size)*4
-    return seconds, (sum(p.numel()*p.element_size() for p in student.model.parameters()) + 12*w['adapter'] + kept + 128*config.vocab_size*8)/2**20 + 600
+    return seconds, (
+        sum(p.numel() * p.element_size() for p in student.model.parameters())
+        + 12 * w['adapter']
+        + kept
+        + 128 * config.vocab_size * 8
+    ) / 2**20 + 600
 
 # %% ../nbs/47_doctor.ipynb #0026
 def diagnose(
@@ -137,9 +162,21 @@ def diagnose(
     if any(p.severity == 'error' for p in problems): return [], problems
     items = items_from_rows(rows, student)
     tuned = student if any('lora' in n for n, _ in student.model.named_parameters()) else add_lora(student, sp)
-    prompts, chosen, rejected = [len(i.prompt) for i in items], [len(i.answers[0]) for i in items], [len(a) for i in items for a in i.answers[1:]]
+    prompts, chosen, rejected = (
+        [len(i.prompt) for i in items],
+        [len(i.answers[0]) for i in items],
+        [len(a) for i in items for a in i.answers[1:]],
+    )
     seconds, memory = estimate_training(tuned, items, sp, tp)
     say = lambda name, v: f'{name:9s} {np.mean(v):5.0f} tokens on average, {min(v)} to {max(v)}'
-    return [f'{len(rows)} pairs of {len(items)} cases', say('prompt', prompts), say('chosen', chosen), say('rejected', rejected), 'tokens of an item (prompt and answers):',
-            *histogram([len(i) for i in items]), trimming(prompts, sp.max_prompt), *special_tokens(student, items),
-            f'training {tp.epochs:g} epochs: roughly {f"{seconds:.0f} s" if seconds < 90 else f"{seconds/60:.0f} min"} and {memory/1024:.1f} GB on {student.device} in {str(next(student.model.parameters()).dtype).removeprefix("torch.")}'], problems
+    return [
+        f'{len(rows)} pairs of {len(items)} cases',
+        say('prompt', prompts),
+        say('chosen', chosen),
+        say('rejected', rejected),
+        'tokens of an item (prompt and answers):',
+        *histogram([len(i) for i in items]),
+        trimming(prompts, sp.max_prompt),
+        *special_tokens(student, items),
+        f'training {tp.epochs:g} epochs: roughly {f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"} and {memory / 1024:.1f} GB on {student.device} in {str(next(student.model.parameters()).dtype).removeprefix("torch.")}',
+    ], problems

@@ -52,18 +52,39 @@ def small_clip(
     image_size: int,         # pixels a side
 ) -> CLIPModel:
     "A CLIP from a config, for training from scratch; the text tower has one layer."
-    if image_size % params.patch: raise InputError(f'tiles of {image_size} pixels do not divide into patches of {params.patch}', field='teacher.patch, cohort.image_size')
-    tower = dict(hidden_size=params.hidden, intermediate_size=2*params.hidden, num_attention_heads=params.heads, projection_dim=params.hidden)
-    text = dict(vocab_size=vocab, num_hidden_layers=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    if image_size % params.patch:
+        raise InputError(
+            f'tiles of {image_size} pixels do not divide into patches of {params.patch}',
+            field='teacher.patch, cohort.image_size',
+        )
+    tower = dict(
+        hidden_size=params.hidden,
+        intermediate_size=2 * params.hidden,
+        num_attention_heads=params.heads,
+        projection_dim=params.hidden,
+    )
+    text = dict(
+        vocab_size=vocab,
+        num_hidden_layers=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     vision = dict(num_hidden_layers=params.layers, image_size=image_size, patch_size=params.patch)
     model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=params.hidden))
     e = model.vision_model.embeddings
     nn.init.normal_(e.patch_embedding.weight, std=e.patch_embedding.weight[0].numel()**-.5)
-    for w in (e.position_embedding.weight, model.text_model.embeddings.token_embedding.weight): nn.init.normal_(w, std=.3)
+    for w in (e.position_embedding.weight, model.text_model.embeddings.token_embedding.weight):
+        nn.init.normal_(w, std=0.3)
     return model
 
 # %% ../nbs/21_dual.ipynb #0013
-PLAIN: tuple = ((.75, .6, .75), (.2, .2, .2))   # mean and spread of H&E tiles, red, green, blue; pretrained weights bring their own
+PLAIN: tuple = (
+    (0.75, 0.6, 0.75),
+    (0.2, 0.2, 0.2),
+)  # mean and spread of H&E tiles, red, green, blue; pretrained weights bring their own
+
 
 def pixels(
     tiles: np.ndarray,        # (n, S, S, 3) bytes, or floats in 0-1
@@ -90,8 +111,16 @@ def embed_tiles(model: CLIPModel, x: Tensor) -> Tensor:
 # %% ../nbs/21_dual.ipynb #0015
 def embed_texts(model: CLIPModel, tok: Any, texts: Sequence[str]) -> Tensor:
     "Unit vectors (n, d) of texts."
-    t = tok(list(texts), padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings, return_tensors='pt').to(model.device)
-    return F.normalize(model.get_text_features(input_ids=t['input_ids'], attention_mask=t['attention_mask']).pooler_output, dim=-1)
+    t = tok(
+        list(texts),
+        padding=True,
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        return_tensors='pt',
+    ).to(model.device)
+    return F.normalize(
+        model.get_text_features(input_ids=t['input_ids'], attention_mask=t['attention_mask']).pooler_output, dim=-1
+    )
 
 # %% ../nbs/21_dual.ipynb #0018
 def contrastive_loss(
@@ -113,18 +142,26 @@ def learn_pairs(
     model: CLIPModel, tok: Any,
     tiles: np.ndarray, captions: Sequence[str],   # (n, S, S, 3) bytes, and a text each
     epochs: int, lr: float, params: TeacherParams, seed: int = 0, norm: tuple = PLAIN, desc: str = 'reading captions',
-) -> list[float]:                                 # mean loss of each epoch
+) -> list[float]:  # mean loss of each epoch
     "Train both towers on pairs, in place, with stain augmentation; in batches of twice `params.batch`, since other pairs are what a pair learns from."
     rng, weights, batch = np.random.default_rng(seed), list(model.parameters()), 2*params.batch
     parts = max(1, round(len(tiles)/batch))
-    torch.manual_seed(seed); opt, plan = schedule(weights, epochs*parts, lr, params.weight_decay)
+    torch.manual_seed(seed)
+    opt, plan = schedule(weights, epochs * parts, lr, params.weight_decay)
     history = []
     for _ in progress(range(epochs), desc):
         losses = []
         for part in np.array_split(rng.permutation(len(tiles)), parts):
             x = pixels(turned(stain_jitter(tiles[part], rng, params.stain), rng), norm).to(model.device)
-            loss = contrastive_loss(embed_tiles(model, x), embed_texts(model, tok, [captions[i] for i in part]), model.logit_scale)
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step(); losses.append(loss.item())
+            loss = contrastive_loss(
+                embed_tiles(model, x), embed_texts(model, tok, [captions[i] for i in part]), model.logit_scale
+            )
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            opt.step()
+            plan.step()
+            losses.append(loss.item())
         history.append(float(np.mean(losses)))
     return history
 
@@ -135,7 +172,8 @@ def seeing_clip(
     image_size: int,
 ) -> CLIPModel:
     "A small CLIP that has read captions of random tiles."
-    torch.manual_seed(0); model = small_clip(params, len(tok), image_size)
+    torch.manual_seed(0)
+    model = small_clip(params, len(tok), image_size)
     if not params.pretrain: return model
     file = first_lesson(params, image_size, tiles=True)
     with locked(file.with_suffix('.lock')):
@@ -147,18 +185,33 @@ def seeing_clip(
     return model
 
 # %% ../nbs/21_dual.ipynb #0028
-CLIP_NORM = ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))   # of OpenAI's CLIP, which PLIP continued
+CLIP_NORM = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of OpenAI's CLIP, which PLIP continued
+
 
 def _refuse_other(folder: Path) -> None:
     "Raise for folders that hold something else."
     conch = 'conch' in folder.name.lower() or (folder/'meta.yaml').exists() or (folder/'open_clip_config.json').exists()
     if conch and not (folder/'config.json').exists():
-        raise InputError('looks like CONCH or another open_clip checkpoint, which transformers cannot load', file=folder, field='teacher.weights',
-                         hint='CONCH needs the package conch (GitHub mahmoodlab/CONCH, built on open_clip) and access to the gated hub model MahmoodLab/CONCH; '
-                              'neither is a dependency of this package: use a CLIPModel folder such as PLIP (vinid/plip)')
-    if not (folder/'config.json').exists(): raise InputError('holds no config.json', file=folder, field='teacher.weights', hint='give a folder with a CLIPModel checkpoint')
+        raise InputError(
+            'looks like CONCH or another open_clip checkpoint, which transformers cannot load',
+            file=folder,
+            field='teacher.weights',
+            hint='CONCH needs the package conch (GitHub mahmoodlab/CONCH, built on open_clip) and access to the gated hub model MahmoodLab/CONCH; '
+            'neither is a dependency of this package: use a CLIPModel folder such as PLIP (vinid/plip)',
+        )
+    if not (folder / 'config.json').exists():
+        raise InputError(
+            'holds no config.json',
+            file=folder,
+            field='teacher.weights',
+            hint='give a folder with a CLIPModel checkpoint',
+        )
     kind = read_json(folder/'config.json').get('model_type')
-    if kind != 'clip': raise InputError(f'holds a model of type {kind!r}, not clip', file=folder, field='teacher.weights')
+    if kind != 'clip':
+        raise InputError(f'holds a model of type {kind!r}, not clip', file=folder, field='teacher.weights')
 
 # %% ../nbs/21_dual.ipynb #0029
 def pretrained_clip(
@@ -169,38 +222,63 @@ def pretrained_clip(
     _refuse_other(folder)
     files = next((f for f in (sorted(folder.glob(f'*{s}')) for s in ('.safetensors', '.bin', '.pt')) if f), [])
     if not files: raise InputError('holds no weights', file=folder, field='teacher.weights')
-    try: tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as e: raise InputError(f'holds no readable tokenizer: {str(e)[:200]}', file=folder, field='teacher.weights') from e
+    try:
+        tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:
+        raise InputError(f'holds no readable tokenizer: {str(e)[:200]}', file=folder, field='teacher.weights') from e
     model = CLIPModel(CLIPConfig.from_pretrained(folder))
     own, state = model.state_dict(), {k: v for f in files for k, v in read_weights(f).items()}
     missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    if missing: raise InputError(f'{len(missing)} weights are missing or of another shape, for example {missing[0]}', file=files[0], field='teacher.weights')
+    if missing:
+        raise InputError(
+            f'{len(missing)} weights are missing or of another shape, for example {missing[0]}',
+            file=files[0],
+            field='teacher.weights',
+        )
     model.load_state_dict({k: state[k] for k in own})
     told = read_json(folder/'preprocessor_config.json') if (folder/'preprocessor_config.json').exists() else {}
     return model, tok, (tuple(told.get('image_mean', CLIP_NORM[0])), tuple(told.get('image_std', CLIP_NORM[1])))
 
 # %% ../nbs/21_dual.ipynb #0033
 DualView = Literal['zero_shot', 'probe', 'tuned']
+
 DUAL_VIEWS = ('zero_shot', 'probe', 'tuned')
 
+# %% ../nbs/21_dual.ipynb #0033-1
 class DualTeacher:
     "A dual encoder over tiles and captions; a `Ranker` named 'teacher'."
     name = 'teacher'
-    def __init__(self,
+    def __init__(
+        self,
         catalogue: Catalogue,
         params: TeacherParams,
-        root: Path | str = '.',              # folder that `Case.image` is relative to
-        label: str = 'tissue',               # key of `Case.labels`
-        image_size: int = 64,                # pixels a side, unless real weights say otherwise
-        view: DualView = 'probe',            # how it ranks
+        root: Path | str = '.',  # folder that `Case.image` is relative to
+        label: str = 'tissue',  # key of `Case.labels`
+        image_size: int = 64,  # pixels a side, unless real weights say otherwise
+        view: DualView = 'probe',  # how it ranks
         seed: int = 0,
-        captions: Optional[dict[str, str]] = None,   # case id to caption; a case without one is described by measurement
+        captions: Optional[dict[str, str]] = None,  # case id to caption; a case without one is described by measurement
     ):
         unknown = [i for i in catalogue.ids if i not in MORPHOLOGY]
-        if unknown: raise InputError('has no documented morphology', record=unknown[0], field='catalogue', hint='add a line to the table of 16_nuclei')
-        self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
+        if unknown:
+            raise InputError(
+                'has no documented morphology',
+                record=unknown[0],
+                field='catalogue',
+                hint='add a line to the table of 16_nuclei',
+            )
+        self.catalogue, self.params, self.root, self.label, self.view, self.seed = (
+            catalogue,
+            params,
+            Path(root),
+            label,
+            view,
+            seed,
+        )
         self.image_size, self.captions, self.norm, self._tiles = image_size, captions or {}, PLAIN, {}
-        self.clip: Any = None; self.tuned: Any = None; self.tok: Any = None      # towers, the fine-tuned image tower, tokenizer
+        self.clip: Any = None
+        self.tuned: Any = None
+        self.tok: Any = None  # towers, the fine-tuned image tower, tokenizer
         self.head: dict[str, np.ndarray] = {}                                    # weights of probe and fine-tuned head
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -214,7 +292,8 @@ def build(self: DualTeacher) -> None:
     else:
         self.tok = caption_tokenizer()
         self.clip = seeing_clip(self.params, self.tok, self.image_size)
-    self.clip.to(self.device).eval(); self._tiles = {}
+    self.clip.to(self.device).eval()
+    self._tiles = {}
 
 # %% ../nbs/21_dual.ipynb #0037
 @patch
@@ -222,15 +301,25 @@ def tiles(self: DualTeacher, cases: Sequence[Case]) -> np.ndarray:
     "Tiles of some cases, (n, S, S, 3) bytes."
     for c in cases:
         if not c.image: raise InputError('the case has no image', record=c.id, field='image')
-        if c.id not in self._tiles: self._tiles[c.id] = np.uint8(load_image(self.root/c.image, self.image_size).transpose(1, 2, 0)*255 + .5)
-    return np.stack([self._tiles[c.id] for c in cases]) if cases else np.zeros((0, self.image_size, self.image_size, 3), 'uint8')
+        if c.id not in self._tiles:
+            self._tiles[c.id] = np.uint8(
+                load_image(self.root / c.image, self.image_size).transpose(1, 2, 0) * 255 + 0.5
+            )
+    return (
+        np.stack([self._tiles[c.id] for c in cases])
+        if cases
+        else np.zeros((0, self.image_size, self.image_size, 3), 'uint8')
+    )
 
 # %% ../nbs/21_dual.ipynb #0038
 @patch
 def embed(self: DualTeacher, cases: Sequence[Case]) -> np.ndarray:
     "Unit vectors (n, d) of tiles."
     with torch.no_grad():
-        parts = [embed_tiles(self.clip, pixels(self.tiles(cases[at:at + 64]), self.norm).to(self.device)).cpu() for at in range(0, len(cases), 64)]
+        parts = [
+            embed_tiles(self.clip, pixels(self.tiles(cases[at : at + 64]), self.norm).to(self.device)).cpu()
+            for at in range(0, len(cases), 64)
+        ]
     return torch.cat(parts).double().numpy() if parts else np.zeros((0, self.clip.config.projection_dim))
 
 # %% ../nbs/21_dual.ipynb #0041
@@ -239,7 +328,10 @@ def class_texts(self: DualTeacher) -> list[list[str]]:   # for each answer, its 
     "Texts that stand for the answers."
     texts = [tissue_texts(i, 8) for i in self.catalogue.ids]
     if not self.params.weights: return texts
-    return [[f'an H&E image of {self.catalogue.names[i].lower()} tissue, {t}' for t in ts] for i, ts in zip(self.catalogue.ids, texts)]
+    return [
+        [f'an H&E image of {self.catalogue.names[i].lower()} tissue, {t}' for t in ts]
+        for i, ts in zip(self.catalogue.ids, texts)
+    ]
 
 # %% ../nbs/21_dual.ipynb #0042
 @patch
@@ -261,7 +353,11 @@ def linear_probe(
     "Logistic regression as a linear layer."
     mean, std = x.mean(0), x.std(0) + 1e-6
     fit = LogisticRegression(C=C, max_iter=1000, random_state=seed).fit((x - mean)/std, y)
-    coef, bias = (fit.coef_, fit.intercept_) if len(fit.classes_) > 2 else (np.concatenate([-fit.coef_, fit.coef_])/2, np.concatenate([-fit.intercept_, fit.intercept_])/2)
+    coef, bias = (
+        (fit.coef_, fit.intercept_)
+        if len(fit.classes_) > 2
+        else (np.concatenate([-fit.coef_, fit.coef_]) / 2, np.concatenate([-fit.intercept_, fit.intercept_]) / 2)
+    )
     w, b = np.zeros((x.shape[1], n)), np.full(n, UNSEEN)
     w[:, fit.classes_] = (coef/std).T
     b[fit.classes_] = bias - (coef/std) @ mean
@@ -272,8 +368,12 @@ def linear_probe(
 def tune(self: DualTeacher, cases: Sequence[Case], truth: np.ndarray, desc: str) -> None:
     "Fine-tune a copy of the image tower, with the probe as its first head."
     p, rng, parts = self.params, np.random.default_rng(self.seed + 7), -(-len(cases)//self.params.batch)
-    torch.manual_seed(self.seed); self.tuned = copy.deepcopy(self.clip).train()
-    w, b = (nn.Parameter(torch.tensor(self.head[k], dtype=torch.float32, device=self.device)) for k in ('probe_w', 'probe_b'))
+    torch.manual_seed(self.seed)
+    self.tuned = copy.deepcopy(self.clip).train()
+    w, b = (
+        nn.Parameter(torch.tensor(self.head[k], dtype=torch.float32, device=self.device))
+        for k in ('probe_w', 'probe_b')
+    )
     weights = [w, b, *self.tuned.vision_model.parameters(), *self.tuned.visual_projection.parameters()]
     opt, plan = schedule(weights, p.tune_epochs*parts, p.tune_lr, p.weight_decay)
     tiles, target = self.tiles(cases), torch.tensor(truth, device=self.device)
@@ -281,7 +381,11 @@ def tune(self: DualTeacher, cases: Sequence[Case], truth: np.ndarray, desc: str)
         for part in np.array_split(rng.permutation(len(cases)), parts):
             x = pixels(turned(stain_jitter(tiles[part], rng, p.stain), rng), self.norm).to(self.device)
             loss = F.cross_entropy(embed_tiles(self.tuned, x) @ w + b, target[part])
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(weights, 1.); opt.step(); plan.step()
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            opt.step()
+            plan.step()
     self.tuned.eval()
     self.head |= {'tuned_w': w.detach().double().cpu().numpy(), 'tuned_b': b.detach().double().cpu().numpy()}
 
@@ -290,12 +394,26 @@ def tune(self: DualTeacher, cases: Sequence[Case], truth: np.ndarray, desc: str)
 def fit(self: DualTeacher, cases: Sequence[Case], desc: str = 'teacher') -> DualTeacher:
     "Read captions of the training tiles, fit the probe, fine-tune."
     known = [c for c in cases if c.labels.get(self.label) in self.catalogue]
-    if len({c.labels[self.label] for c in known}) < 2: raise InputError('training tiles carry fewer than two labels of the catalogue', field=f'labels.{self.label}')
+    if len({c.labels[self.label] for c in known}) < 2:
+        raise InputError('training tiles carry fewer than two labels of the catalogue', field=f'labels.{self.label}')
     self.build()
     if not self.params.weights and self.params.epochs:
         tiles = self.tiles(cases)
         texts = [self.captions.get(c.id) or describe_tile(t) for c, t in zip(cases, tiles)]
-        self.clip.train(); learn_pairs(self.clip, self.tok, tiles, texts, self.params.epochs, self.params.lr/2, self.params, self.seed, self.norm, f'{desc}: captions'); self.clip.eval()
+        self.clip.train()
+        learn_pairs(
+            self.clip,
+            self.tok,
+            tiles,
+            texts,
+            self.params.epochs,
+            self.params.lr / 2,
+            self.params,
+            self.seed,
+            self.norm,
+            f'{desc}: captions',
+        )
+        self.clip.eval()
     truth = np.array([self.catalogue.index[c.labels[self.label]] for c in known])
     w, b = linear_probe(self.embed(known), truth, len(self.catalogue), self.params.probe_c, self.seed)
     self.head = {'probe_w': w, 'probe_b': b, 'seen': np.bincount(truth, minlength=len(self.catalogue)).astype(float)}
@@ -307,15 +425,22 @@ def fit(self: DualTeacher, cases: Sequence[Case], desc: str = 'teacher') -> Dual
 def scores(self: DualTeacher, cases: Sequence[Case], view: Optional[DualView] = None) -> np.ndarray:
     "Log-probabilities (n, N) of the answers by `view` (default: the teacher's own)."
     view = view or self.view
-    if view not in DUAL_VIEWS: raise InputError(f'a tile has no such view; there are {", ".join(DUAL_VIEWS)}', field='teacher.view', record=view)
+    if view not in DUAL_VIEWS:
+        raise InputError(
+            f'a tile has no such view; there are {", ".join(DUAL_VIEWS)}', field='teacher.view', record=view
+        )
     if not len(cases): return np.zeros((0, len(self.catalogue)))
     if view == 'zero_shot': return self.zero_shot(cases)
     seen = self if view == 'probe' else copy.copy(self)
     if view == 'tuned': seen.clip = self.tuned
-    s, unseen = log_softmax(seen.embed(cases) @ self.head[f'{view}_w'] + self.head[f'{view}_b'], axis=1), self.head['seen'] == 0
+    s, unseen = (
+        log_softmax(seen.embed(cases) @ self.head[f'{view}_w'] + self.head[f'{view}_b'], axis=1),
+        self.head['seen'] == 0,
+    )
     if not unseen.any(): return s
-    told = np.minimum(self.zero_shot(cases)[:, unseen], np.log(.999/unseen.sum()))          # leaves something for the others
-    s += np.log1p(-np.exp(told).sum(1, keepdims=True)); s[:, unseen] = told
+    told = np.minimum(self.zero_shot(cases)[:, unseen], np.log(.999/unseen.sum()))  # leaves something for the others
+    s += np.log1p(-np.exp(told).sum(1, keepdims=True))
+    s[:, unseen] = told
     return s
 
 # %% ../nbs/21_dual.ipynb #0051
@@ -332,22 +457,47 @@ def save(self: DualTeacher, folder: Path | str) -> Path:
     own = lambda m: {k: v.detach().cpu().clone().contiguous() for k, v in m.state_dict().items()}
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        self.clip.config.save_pretrained(tmp); self.tok.save_pretrained(tmp)
-        save_file(own(self.clip), tmp/'model.safetensors'); save_file(own(self.tuned), tmp/'tuned.safetensors')
+        self.clip.config.save_pretrained(tmp)
+        self.tok.save_pretrained(tmp)
+        save_file(own(self.clip), tmp / 'model.safetensors')
+        save_file(own(self.tuned), tmp / 'tuned.safetensors')
         save_file({k: torch.tensor(v).contiguous() for k, v in self.head.items()}, tmp/'heads.safetensors')
-        write_json(tmp/'teacher.json', dict(catalogue=self.catalogue.to_json(), params=self.params.model_dump(), label=self.label,
-                                            image_size=self.image_size, view=self.view, seed=self.seed, norm=self.norm))
+        write_json(
+            tmp / 'teacher.json',
+            dict(
+                catalogue=self.catalogue.to_json(),
+                params=self.params.model_dump(),
+                label=self.label,
+                image_size=self.image_size,
+                view=self.view,
+                seed=self.seed,
+                norm=self.norm,
+            ),
+        )
     return Path(folder)
 
 # %% ../nbs/21_dual.ipynb #0058
 def load_dual(folder: Path | str, root: Path | str = '.') -> DualTeacher:
     "Read a teacher that `save` wrote."
     folder, meta = Path(folder), read_json(Path(folder)/'teacher.json')
-    t = DualTeacher(Catalogue.from_json(meta['catalogue']), TeacherParams(**meta['params']), root, meta['label'], meta['image_size'], meta['view'], meta['seed'])
-    config, t.norm, t.tok = CLIPConfig.from_pretrained(folder), tuple(map(tuple, meta['norm'])), AutoTokenizer.from_pretrained(folder)
+    t = DualTeacher(
+        Catalogue.from_json(meta['catalogue']),
+        TeacherParams(**meta['params']),
+        root,
+        meta['label'],
+        meta['image_size'],
+        meta['view'],
+        meta['seed'],
+    )
+    config, t.norm, t.tok = (
+        CLIPConfig.from_pretrained(folder),
+        tuple(map(tuple, meta['norm'])),
+        AutoTokenizer.from_pretrained(folder),
+    )
     t.head = {k: v.numpy() for k, v in load_file(folder/'heads.safetensors').items()}
     for name, file in (('clip', 'model'), ('tuned', 'tuned')):
-        model = CLIPModel(config); model.load_state_dict(load_file(folder/f'{file}.safetensors'))
+        model = CLIPModel(config)
+        model.load_state_dict(load_file(folder / f'{file}.safetensors'))
         setattr(t, name, model.to(t.device).eval())
     return t
 
@@ -356,11 +506,19 @@ def texture_features(
     tile: np.ndarray,    # (S, S, 3) bytes
 ) -> np.ndarray:         # (80,)
     "Colour and texture of a tile."
-    hed = rgb2hed(tile)[..., :2]*np.log(1e6)                                     # optical densities of the two stains
-    colour = [f(hed[..., k]) for k in (0, 1) for f in (np.mean, np.std, lambda z: np.quantile(z, .1), lambda z: np.quantile(z, .9))]
+    hed = rgb2hed(tile)[..., :2]*np.log(1e6)  # optical densities of the two stains
+    colour = [
+        f(hed[..., k])
+        for k in (0, 1)
+        for f in (np.mean, np.std, lambda z: np.quantile(z, 0.1), lambda z: np.quantile(z, 0.9))
+    ]
     rgb = np.concatenate([tile.mean((0, 1)), tile.std((0, 1))])/255
-    grey = np.uint8(np.clip(hed[..., 0]/1.5, 0, 1)*255)                          # haematoxylin
-    patterns = [np.bincount(local_binary_pattern(grey, 8*r, r, 'uniform').astype(int).ravel(), minlength=8*r + 2)/grey.size for r in (1, 2)]
+    grey = np.uint8(np.clip(hed[..., 0]/1.5, 0, 1)*255)  # haematoxylin
+    patterns = [
+        np.bincount(local_binary_pattern(grey, 8 * r, r, 'uniform').astype(int).ravel(), minlength=8 * r + 2)
+        / grey.size
+        for r in (1, 2)
+    ]
     counts = graycomatrix(grey//8, [1, 2, 4], [0, np.pi/4, np.pi/2, 3*np.pi/4], levels=32, symmetric=True, normed=True)
     pairs = [graycoprops(counts, f).mean(1) for f in ('contrast', 'homogeneity', 'energy', 'correlation')]
     return np.concatenate([colour, rgb, *patterns, *pairs])
@@ -369,13 +527,19 @@ def texture_features(
 class TextureRanker:
     "Logistic regression on colour and texture."
     name = 'texture'
-    def __init__(self, scaler: StandardScaler, model: LogisticRegression, catalogue: Catalogue, root: Path | str, size: int):
+
+    def __init__(
+        self, scaler: StandardScaler, model: LogisticRegression, catalogue: Catalogue, root: Path | str, size: int
+    ):
         self.scaler, self.model, self.catalogue, self.root, self.size = scaler, model, catalogue, Path(root), size
 
     def scores(self, cases: Sequence[Case]) -> np.ndarray:
         "Log-probabilities (n, N)."
         s = np.full((len(cases), len(self.catalogue)), UNSEEN)
-        if len(cases): s[:, self.model.classes_] = self.model.predict_log_proba(self.scaler.transform(tile_features(cases, self.root, self.size)))
+        if len(cases):
+            s[:, self.model.classes_] = self.model.predict_log_proba(
+                self.scaler.transform(tile_features(cases, self.root, self.size))
+            )
         return s
 
     def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
@@ -386,7 +550,12 @@ class TextureRanker:
 # %% ../nbs/21_dual.ipynb #0065
 def tile_features(cases: Sequence[Case], root: Path | str, size: int) -> np.ndarray:   # (n, F)
     "Colour and texture of the tiles of some cases, read at `size` pixels a side."
-    return np.stack([texture_features(np.uint8(load_image(Path(root)/c.image, size).transpose(1, 2, 0)*255 + .5)) for c in progress(cases, 'texture')])
+    return np.stack(
+        [
+            texture_features(np.uint8(load_image(Path(root) / c.image, size).transpose(1, 2, 0) * 255 + 0.5))
+            for c in progress(cases, 'texture')
+        ]
+    )
 
 # %% ../nbs/21_dual.ipynb #0066
 @patch(cls_method=True)
@@ -399,10 +568,17 @@ def fit(cls: TextureRanker,
     "Train on the tiles that carry a label of the catalogue."
     cases = [c for c in cases if c.labels.get(label) in catalogue]
     y = np.array([catalogue.index[c.labels[label]] for c in cases])
-    if len(set(y)) < 2: raise InputError(f'a classifier needs tiles of two answers, there are {len(set(y))}', field=f'labels.{label}')
+    if len(set(y)) < 2:
+        raise InputError(f'a classifier needs tiles of two answers, there are {len(set(y))}', field=f'labels.{label}')
     x = tile_features(cases, root, size)
     scaler = StandardScaler().fit(x)
-    return TextureRanker(scaler, LogisticRegression(C=C, max_iter=2000, random_state=seed).fit(scaler.transform(x), y), catalogue, root, size)
+    return TextureRanker(
+        scaler,
+        LogisticRegression(C=C, max_iter=2000, random_state=seed).fit(scaler.transform(x), y),
+        catalogue,
+        root,
+        size,
+    )
 
 # %% ../nbs/21_dual.ipynb #0069
 def scored_in_folds(
@@ -410,11 +586,19 @@ def scored_in_folds(
     captions: dict[str, str], size: int = 64, seed: int = 0,
 ) -> pd.DataFrame:          # case_id, group, and for each method whether its first answer is right
     "Teacher and texture in the same grouped folds."
-    folds, truth, hits = folds_of(cases, params.folds, seed, 'tissue'), np.array([catalogue.index[c.labels['tissue']] for c in cases]), {}
+    folds, truth, hits = (
+        folds_of(cases, params.folds, seed, 'tissue'),
+        np.array([catalogue.index[c.labels['tissue']] for c in cases]),
+        {},
+    )
     for f, (train, held) in enumerate(folds):
         some, rest = [cases[i] for i in train], [cases[i] for i in held]
-        teacher = DualTeacher(catalogue, params, root, image_size=size, seed=100*seed + f, captions=captions).fit(some, f'fold {f + 1} of {len(folds)}')
-        all_scores = {v: teacher.scores(rest, v) for v in DUAL_VIEWS} | {'texture': TextureRanker.fit(some, catalogue, root, size=size, seed=seed).scores(rest)}
+        teacher = DualTeacher(catalogue, params, root, image_size=size, seed=100 * seed + f, captions=captions).fit(
+            some, f'fold {f + 1} of {len(folds)}'
+        )
+        all_scores = {v: teacher.scores(rest, v) for v in DUAL_VIEWS} | {
+            'texture': TextureRanker.fit(some, catalogue, root, size=size, seed=seed).scores(rest)
+        }
         for m, s in all_scores.items(): hits.setdefault(m, np.zeros(len(cases)))[held] = s.argmax(1) == truth[held]
     return pd.DataFrame({'case_id': [c.id for c in cases], 'group': [c.group for c in cases], **hits})
 
@@ -425,7 +609,19 @@ def compare_in_folds(scored: pd.DataFrame, against: str = 'texture', bootstrap: 
     for m in [c for c in scored if c not in ('case_id', 'group')]:
         value, lo, hi = grouped_bootstrap(scored[m].to_numpy(), scored.group, bootstrap)
         diff, dlo, dhi = grouped_bootstrap((scored[m] - scored[against]).to_numpy(), scored.group, bootstrap)
-        rows.append(dict(method=m, accuracy=value, lo=lo, hi=hi, diff=diff, diff_lo=dlo, diff_hi=dhi, tiles=len(scored), patients=scored.group.nunique()))
+        rows.append(
+            dict(
+                method=m,
+                accuracy=value,
+                lo=lo,
+                hi=hi,
+                diff=diff,
+                diff_lo=dlo,
+                diff_hi=dhi,
+                tiles=len(scored),
+                patients=scored.group.nunique(),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/21_dual.ipynb #0072
@@ -437,16 +633,37 @@ def tile_benchmark(
 ) -> pd.DataFrame:
     "Teacher against colour and texture on real tiles, in grouped folds."
     import tempfile
-    p = TeacherParams(**dict(hidden=128, layers=3, heads=4, patch=16, batch=32, weight_decay=.05, pretrain_epochs=10, epochs=8, folds=folds, view='probe') | params)
+
+    p = TeacherParams(
+        **dict(
+            hidden=128,
+            layers=3,
+            heads=4,
+            patch=16,
+            batch=32,
+            weight_decay=0.05,
+            pretrain_epochs=10,
+            epochs=8,
+            folds=folds,
+            view='probe',
+        )
+        | params
+    )
     tiles = load_tiles(source)
     with tempfile.TemporaryDirectory() as root:
         cases, captions = [], {}
         for n, c in enumerate(progress(tiles.cases, 'reading tiles')):
             image = tiles.read(c.id)
-            image.save(f'{root}/{n}.png'); captions[c.id] = describe_tile(image); cases.append(Case(c.id, image=f'{n}.png', labels=c.labels, group=c.group))
+            image.save(f'{root}/{n}.png')
+            captions[c.id] = describe_tile(image)
+            cases.append(Case(c.id, image=f'{n}.png', labels=c.labels, group=c.group))
         catalogue = tissue_catalogue(sorted({c.labels['tissue'] for c in cases}))
         t = compare_in_folds(scored_in_folds(cases, catalogue, root, p, captions, size, seed))
     more = ''.join(f', {k}={v!r}' for k, v in dict(folds=folds, size=size, seed=seed, **params).items())
     command = f'''python -c "from mint_nb.dual import tile_benchmark; tile_benchmark('{Path(source).name}', '{Path(out).name}'{more})"'''
-    with atomic_path(out) as tmp: tmp.write_text(f'# {command}\n# {len(cases)} tiles, {t.patients.max()} patients, {len(catalogue)} organs; differences from texture, 95 % intervals by patient\n' + t.round(4).to_csv(index=False))
+    with atomic_path(out) as tmp:
+        tmp.write_text(
+            f'# {command}\n# {len(cases)} tiles, {t.patients.max()} patients, {len(catalogue)} organs; differences from texture, 95 % intervals by patient\n'
+            + t.round(4).to_csv(index=False)
+        )
     return t

@@ -17,7 +17,14 @@ from typing import Any, Iterable, Optional, Sequence
 
 import httpx
 from fastcore.basics import patch
-from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_when_event_set, wait_exponential_jitter
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
 
 from .core import InputError, digest, progress, read_json, write_json
 from .params import EndpointParams
@@ -28,13 +35,22 @@ def endpoint_address(
     params: EndpointParams,
 ) -> str:                      # the address that requests go to
     "Where chat completions are asked for."
-    if not params.url: raise InputError('an endpoint needs an address', field='endpoint.url', hint='for example http://localhost:8000/v1')
-    if not params.model: raise InputError('an endpoint needs the name of a model', field='endpoint.model', hint='as the server calls it')
+    if not params.url:
+        raise InputError(
+            'an endpoint needs an address', field='endpoint.url', hint='for example http://localhost:8000/v1'
+        )
+    if not params.model:
+        raise InputError('an endpoint needs the name of a model', field='endpoint.model', hint='as the server calls it')
     try: url = httpx.URL(params.url.strip().rstrip('/').removesuffix('/chat/completions'))
     except httpx.InvalidURL: url = httpx.URL('')
     if url.userinfo or url.query:
-        raise InputError('the address holds a password or a query', field='endpoint.url', hint='name an environment variable in endpoint.key instead')
-    if url.scheme not in ('http', 'https') or not url.host: raise InputError(f'{params.url!r} is no web address', field='endpoint.url')
+        raise InputError(
+            'the address holds a password or a query',
+            field='endpoint.url',
+            hint='name an environment variable in endpoint.key instead',
+        )
+    if url.scheme not in ('http', 'https') or not url.host:
+        raise InputError(f'{params.url!r} is no web address', field='endpoint.url')
     return f'{url}/chat/completions'
 
 # %% ../nbs/55_endpoint.ipynb #0010
@@ -44,7 +60,11 @@ def api_key(
     "The key, from the environment variable that `params.key` names."
     key = os.environ.get(params.key, '').strip()
     if not re.fullmatch(r'[!-~]*', key):
-        raise InputError('the environment variable holds blanks or unusual characters, which no key has', field='endpoint.key', record=params.key)
+        raise InputError(
+            'the environment variable holds blanks or unusual characters, which no key has',
+            field='endpoint.key',
+            record=params.key,
+        )
     return key
 
 # %% ../nbs/55_endpoint.ipynb #0014
@@ -56,7 +76,13 @@ def request_body(
     extra: Optional[dict] = None, # further fields; None as a value removes one
 ) -> dict:
     "What is sent for one reply."
-    body = {'model': params.model, 'messages': [dict(m) for m in messages], 'max_tokens': max_new_tokens, 'temperature': params.temperature, 'seed': seed}
+    body = {
+        'model': params.model,
+        'messages': [dict(m) for m in messages],
+        'max_tokens': max_new_tokens,
+        'temperature': params.temperature,
+        'seed': seed,
+    }
     return {k: v for k, v in {**body, **(extra or {})}.items() if v is not None}
 
 # %% ../nbs/55_endpoint.ipynb #0018
@@ -73,7 +99,10 @@ class ReplyCache:
         "The reply to this very request, if it was given before; a damaged file counts as none."
         try: entry = read_json(self.path(url, body))
         except (OSError, InputError): return None
-        return entry['reply'] if isinstance(entry, dict) and (entry.get('url'), entry.get('body')) == (url, body) else None
+        return (
+            entry['reply'] if isinstance(entry, dict) and (entry.get('url'), entry.get('body')) == (url, body) else None
+        )
+
     def put(self, url: str, body: dict, reply: dict) -> Path:
         "Keep a reply."
         return write_json(self.path(url, body), {'url': url, 'body': body, 'reply': reply})
@@ -160,7 +189,8 @@ def server_said(
     except ValueError: obj = re.sub(r'<[^>]*>', ' ', response.text)
     while isinstance(obj, dict): obj = next((obj[k] for k in ('error', 'message', 'detail') if obj.get(k)), str(obj))
     text = ' '.join(str(obj).split()) or response.reason_phrase
-    if quotes(text, _sent(response)): text = f'{response.reason_phrase} (the message repeats the request and is left out)'    # errors end up in logs
+    if quotes(text, _sent(response)):
+        text = f'{response.reason_phrase} (the message repeats the request and is left out)'  # errors end up in logs
     return (text.replace(key, '***') if key else text)[:300]
 
 # %% ../nbs/55_endpoint.ipynb #0042
@@ -177,13 +207,24 @@ def read_reply(
     obj: Any,    # parsed JSON of a reply with status 200
 ) -> dict:       # text, prompt and new (tokens), finish ('stop', 'length', ...), model (as the server calls it)
     "What counts of a chat completion."
-    try: choice, used, said = obj['choices'][0], obj.get('usage') or {}, (obj['choices'][0].get('message') or {}).get('content') or ''
-    except (TypeError, KeyError, IndexError, AttributeError) as e: raise TryAgain('an answer that is no chat completion') from e
+    try:
+        choice, used, said = (
+            obj['choices'][0],
+            obj.get('usage') or {},
+            (obj['choices'][0].get('message') or {}).get('content') or '',
+        )
+    except (TypeError, KeyError, IndexError, AttributeError) as e:
+        raise TryAgain('an answer that is no chat completion') from e
     if not isinstance(said, str): raise TryAgain('an answer that is no text')
     tokens = lambda k: n if isinstance(used, dict) and type(n := used.get(k)) is int and n > 0 else 0
     word = lambda v: v if isinstance(v, str) else ''
-    return {'text': said.encode('utf-8', 'replace').decode(), 'prompt': tokens('prompt_tokens'), 'new': tokens('completion_tokens'),
-            'finish': word(choice.get('finish_reason')), 'model': word(obj.get('model'))}
+    return {
+        'text': said.encode('utf-8', 'replace').decode(),
+        'prompt': tokens('prompt_tokens'),
+        'new': tokens('completion_tokens'),
+        'finish': word(choice.get('finish_reason')),
+        'model': word(obj.get('model')),
+    }
 
 # %% ../nbs/55_endpoint.ipynb #0048
 class EndpointClient:
@@ -221,17 +262,29 @@ def check(self: EndpointClient,
     if code in (408, 409, 425, 429) or code >= 500:
         wait = retry_after(response.headers, time.time())
         if wait <= self.patience: raise TryAgain(said, wait)
-        raise self._failed(f'the server asks to wait {wait:.0f} s: {said}', 'the same command goes on later; replies so far are kept')
-    hints = {401: f'is the key in the environment variable {self.params.key}?', 403: 'may this key use this model?', 404: 'does the address end in /v1, and does the server know the model?'}
+        raise self._failed(
+            f'the server asks to wait {wait:.0f} s: {said}', 'the same command goes on later; replies so far are kept'
+        )
+    hints = {
+        401: f'is the key in the environment variable {self.params.key}?',
+        403: 'may this key use this model?',
+        404: 'does the address end in /v1, and does the server know the model?',
+    }
     raise self._failed(f'the server refused: {said}', hints.get(code, ''))
 
 # %% ../nbs/55_endpoint.ipynb #0058
 class Stop(threading.Event):
     "A flag that ends requests under way."
-    def __init__(self) -> None: super().__init__(); self.sockets: list = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sockets: list = []
+
     def trace(self, event: str, info: dict) -> None:
         "Remember a connection that httpx has opened."
-        if event.endswith(('connect_tcp.complete', 'start_tls.complete')): self.sockets.append(info['return_value'].get_extra_info('socket'))
+        if event.endswith(('connect_tcp.complete', 'start_tls.complete')):
+            self.sockets.append(info['return_value'].get_extra_info('socket'))
+
     def end(self) -> None:
         "Raise the flag and shut the connections."
         self.set()
@@ -255,12 +308,21 @@ def _once(self: EndpointClient, http: httpx.Client, stop: Stop, body: dict) -> d
 def _answer(self: EndpointClient, http: httpx.Client, stop: Stop, body: dict) -> dict:
     "Ask until there is a reply, and keep it."
     pause = wait_exponential_jitter(multiplier=self.first_wait, jitter=self.first_wait, max=60)
-    again = Retrying(retry=retry_if_exception_type(TryAgain), stop=stop_after_attempt(self.params.retries + 1) | stop_when_event_set(stop),
-                     wait=lambda state: max(state.outcome.exception().wait, pause(state)), sleep=sleep_using_event(stop), reraise=True)
-    try: reply = again(self._once, http, stop, body)
+    again = Retrying(
+        retry=retry_if_exception_type(TryAgain),
+        stop=stop_after_attempt(self.params.retries + 1) | stop_when_event_set(stop),
+        wait=lambda state: max(state.outcome.exception().wait, pause(state)),
+        sleep=sleep_using_event(stop),
+        reraise=True,
+    )
+    try:
+        reply = again(self._once, http, stop, body)
     except TryAgain as e:
         tried = again.statistics['attempt_number']
-        raise self._failed(f'no answer after {tried} attempts; the last: {e}', 'is the server running? replies so far are kept, and the same command goes on') from None
+        raise self._failed(
+            f'no answer after {tried} attempts; the last: {e}',
+            'is the server running? replies so far are kept, and the same command goes on',
+        ) from None
     self.cache.put(self.url, body, reply)
     return reply | {'retried': again.statistics['attempt_number'] - 1}
 
@@ -270,12 +332,16 @@ def _fetch(self: EndpointClient, bodies: Sequence[dict]) -> Iterable[tuple[int, 
     "Ask for several replies side by side: yields positions and replies as they come."
     stop, key = Stop(), self._key
     headers = {'Authorization': f'Bearer {key}'} if key else {}
-    with httpx.Client(timeout=self.params.timeout, headers=headers) as http, ThreadPoolExecutor(max(1, self.params.concurrency)) as pool:
+    with (
+        httpx.Client(timeout=self.params.timeout, headers=headers) as http,
+        ThreadPoolExecutor(max(1, self.params.concurrency)) as pool,
+    ):
         try:
             todo = {pool.submit(self._answer, http, stop, b): i for i, b in enumerate(bodies)}
             for f in progress(as_completed(todo), f'asking {self.params.model}', len(todo)): yield todo[f], f.result()
         except BaseException:
-            stop.end(); pool.shutdown(wait=False, cancel_futures=True)
+            stop.end()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 # %% ../nbs/55_endpoint.ipynb #0070
@@ -291,7 +357,8 @@ def ask(self: EndpointClient,
     todo = {k: b for k, b in zip(keys, bodies) if k not in have}
     self.counts['cached'] += len(bodies) - len(todo)
     for i, reply in self._fetch(list(todo.values())) if todo else ():
-        self.counts['asked'] += 1; self.counts['retried'] += reply.pop('retried')
+        self.counts['asked'] += 1
+        self.counts['retried'] += reply.pop('retried')
         have[list(todo)[i]] = reply
     for k in keys:
         for n in ('prompt', 'new'): self.counts[n] += have[k][n]
@@ -328,8 +395,14 @@ def turn(self: EndpointDialogues,
     tries: Optional[list] = None,   # of a constrained student; an endpoint takes none
 ) -> list[str]:                     # what each assistant says
     "Say something in every conversation."
-    if tries is not None: raise InputError('a model behind an address cannot be held to the catalogue', field='constrained', hint='use a local student, or leave the constraint out')
-    if len(messages) != len(self.history): raise InputError(f'{len(messages)} messages for {len(self.history)} conversations', field='messages')
+    if tries is not None:
+        raise InputError(
+            'a model behind an address cannot be held to the catalogue',
+            field='constrained',
+            hint='use a local student, or leave the constraint out',
+        )
+    if len(messages) != len(self.history):
+        raise InputError(f'{len(messages)} messages for {len(self.history)} conversations', field='messages')
     chats = [[*h, {'role': 'user', 'content': m}] for h, m in zip(self.history, messages)]
     replies = [visible(r['text']) for r in self.client.ask(chats, max_new_tokens)]
     self.history = [[*c, {'role': 'assistant', 'content': r}] for c, r in zip(chats, replies)]
@@ -346,19 +419,37 @@ class LocalServer:
         if missing := [p for p in ('fastapi', 'uvicorn', 'openai') if find_spec(p) is None]:
             raise InputError(f'a local server needs {", ".join(missing)}', hint='pip install "transformers[serving]"')
         if not port:
-            with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+            with socket.socket() as s:
+                s.bind(('127.0.0.1', 0))
+                port = s.getsockname()[1]
         self.folder, self.port, self.seconds = str(folder), port, seconds
         self.url = f'http://127.0.0.1:{port}/v1'
 
     def __enter__(self) -> 'LocalServer':
         self.log = tempfile.TemporaryFile('w+')
-        command = [str(Path(sys.executable).parent/'transformers'), 'serve', self.folder, '--host', '127.0.0.1', '--port', str(self.port), '--device', 'cpu', '--dtype', 'float32']
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | {'HF_HUB_OFFLINE': '1'})
+        command = [
+            str(Path(sys.executable).parent / 'transformers'),
+            'serve',
+            self.folder,
+            '--host',
+            '127.0.0.1',
+            '--port',
+            str(self.port),
+            '--device',
+            'cpu',
+            '--dtype',
+            'float32',
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | {'HF_HUB_OFFLINE': '1'}
+        )
         self.wait()
         return self
 
     def __exit__(self, *_) -> None:
-        self.process.kill(); self.process.wait(); self.log.close()
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
 
 # %% ../nbs/55_endpoint.ipynb #0081
 @patch

@@ -36,8 +36,12 @@ def masks_for(config: Any, row: Row, make=dense_mask) -> Any:
     "The mask of a model, or one for each kind of its layers."
     kinds, window = set(getattr(config, 'layer_types', None) or []), getattr(config, 'sliding_window', None)
     if kinds - {'full_attention', 'sliding_attention'}:
-        raise InputError(f"has layers of kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}", field='student.model', record=config.model_type,
-                         hint='the engine knows full and sliding-window attention; train this model with train.engine=trl')
+        raise InputError(
+            f"has layers of kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}",
+            field='student.model',
+            record=config.model_type,
+            hint='the engine knows full and sliding-window attention; train this model with train.engine=trl',
+        )
     if 'sliding_attention' in kinds: return {'full_attention': make(row), 'sliding_attention': make(row, window)}
     return make(row, None if kinds else window)
 
@@ -46,7 +50,10 @@ class _FrozenHead(torch.autograd.Function):
     "Log-probabilities of targets; the gradient with respect to the states is made in the forward pass."
     @staticmethod
     def forward(ctx, states, target, weight, chunk):
-        out, grad = states.new_empty(len(target), dtype=torch.float32), torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        out, grad = (
+            states.new_empty(len(target), dtype=torch.float32),
+            torch.empty_like(states) if ctx.needs_input_grad[0] else None,
+        )
         for i in range(0, len(target), chunk):
             s, t = states[i:i+chunk], target[i:i+chunk, None]
             logits = (s.to(weight.dtype) @ weight.T).float()
@@ -88,9 +95,16 @@ def parts_of(model: Any) -> tuple[nn.Module, nn.Linear]:
     "The transformer without its head, and the head, of a causal language model with or without adapter."
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     inner, head = getattr(base, getattr(base, 'base_model_prefix', '') or 'model', None), base.get_output_embeddings()
-    inner = next((m for m in (getattr(inner, n, None) for n in ('language_model', 'text_model')) if m is not None), inner)     # of a vision-language model
+    inner = next(
+        (m for m in (getattr(inner, n, None) for n in ('language_model', 'text_model')) if m is not None), inner
+    )  # of a vision-language model
     if inner is None or inner is base or head is None:
-        raise InputError('has no separate output layer', field='student.model', record=type(base).__name__, hint='train this model with train.engine=trl')
+        raise InputError(
+            'has no separate output layer',
+            field='student.model',
+            record=type(base).__name__,
+            hint='train this model with train.engine=trl',
+        )
     return inner, head
 
 # %% ../nbs/44_engine.ipynb #0030
@@ -107,7 +121,8 @@ def split_backbone(
 ) -> tuple[nn.Module, nn.Module]:
     "Two shallow views of a decoder: the layers below `depth` without final norm, and those from `depth` up."
     def view(part, norm):
-        v = copy.copy(backbone); v._modules = dict(backbone._modules)
+        v = copy.copy(backbone)
+        v._modules = dict(backbone._modules)
         v.layers, v.config = nn.ModuleList(list(backbone.layers)[part]), copy.copy(backbone.config)
         v.config.num_hidden_layers = len(v.layers)
         if getattr(v.config, 'layer_types', None): v.config.layer_types = list(backbone.config.layer_types)[part]
@@ -119,13 +134,15 @@ def split_backbone(
 def compiled_layers(backbone: nn.Module) -> nn.Module:
     "A shallow view of a decoder whose layers are compiled; the model itself stays as it is."
     v = split_backbone(backbone, 0)[1]
-    v.layers = nn.ModuleList([torch.compile(l) for l in v.layers])     # type: ignore[misc]   # of a module it makes a module
+    v.layers = nn.ModuleList([torch.compile(l) for l in v.layers])  # type: ignore[misc]   # of a module it makes a module
     return v
 
 # %% ../nbs/44_engine.ipynb #0033
 class TensorStore:
     "Tensors by a digest of what they were computed from; in memory, or memory-mapped in a folder."
-    def __init__(self, folder: Optional[Path | str] = None): self.folder, self.memory = Path(folder) if folder else None, {}
+
+    def __init__(self, folder: Optional[Path | str] = None):
+        self.folder, self.memory = Path(folder) if folder else None, {}
 
     def get(self, key: str) -> Optional[Tensor]:
         "The stored tensor, or None."
@@ -136,14 +153,18 @@ class TensorStore:
 
     def put(self, key: str, x: Tensor) -> Tensor:
         "Store a tensor; a file appears whole or not at all."
-        if self.folder is None: self.memory[key] = x; return x
+        if self.folder is None:
+            self.memory[key] = x
+            return x
         with atomic_path(self.folder/key[:2]/f'{key}.safetensors') as tmp: save_file({'x': x.contiguous().cpu()}, tmp)
         return x
 
 # %% ../nbs/44_engine.ipynb #0036
 def vision_trains(student: Student) -> bool:
     "Is the vision tower trained? Then nothing above it stays the same."
-    tower = student.vision if isinstance(student.vision, nn.Module) else student.model if student.vision else nn.Module()
+    tower = (
+        student.vision if isinstance(student.vision, nn.Module) else student.model if student.vision else nn.Module()
+    )
     return any(p.requires_grad for n, p in tower.named_parameters() if 'lora' not in n)
 
 # %% ../nbs/44_engine.ipynb #0037
@@ -162,12 +183,25 @@ class Engine:
         self.student, self.model, self.store, self.chunk = student, student.model, store or TensorStore(), chunk
         self.backbone, self.head = parts_of(student.model)
         self.config, self.device = self.backbone.config, self.head.weight.device
-        self.cap, self.budget, self.multiple = getattr(self.config, 'final_logit_softcapping', None), *((budget or 16384, multiple or 512) if self.device.type == 'cuda' else (budget or 512, multiple or 1))
-        self.half, self.flex = self.head.weight.dtype == torch.bfloat16, self.device.type == 'cuda'    # half: the float32 adapter multiplies in bfloat16 too
+        self.cap, self.budget, self.multiple = (
+            getattr(self.config, 'final_logit_softcapping', None),
+            *((budget or 16384, multiple or 512) if self.device.type == 'cuda' else (budget or 512, multiple or 1)),
+        )
+        self.half, self.flex = (
+            self.head.weight.dtype == torch.bfloat16,
+            self.device.type == 'cuda',
+        )  # half: the float32 adapter multiplies in bfloat16 too
         self.depth = (0 if vision_trains(student) else first_trainable(self.backbone)) if depth is None else depth
-        self.lower, self.upper = split_backbone(self.backbone, self.depth) if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ())) else (None, self.backbone)
+        self.lower, self.upper = (
+            split_backbone(self.backbone, self.depth)
+            if cached and 0 < self.depth < len(getattr(self.backbone, 'layers', ()))
+            else (None, self.backbone)
+        )
         if compiled: self.upper = compiled_layers(self.upper)
-        self.key, self.vision_key = weights_key(self) if self.lower is not None else '', student.vision.weights_key() if student.vision else ''
+        self.key, self.vision_key = (
+            weights_key(self) if self.lower is not None else '',
+            student.vision.weights_key() if student.vision else '',
+        )
         self.adopt()
 
     def about(self, item: Item) -> list:
@@ -177,7 +211,10 @@ class Engine:
 # %% ../nbs/44_engine.ipynb #0038
 def weights_key(engine: Engine) -> str:
     "What the frozen depth depends on besides the tokens."
-    some = [(n, str(p.dtype), list(p.shape), p.detach().flatten()[:32].float().tolist()) for n, p in engine.lower.named_parameters()]
+    some = [
+        (n, str(p.dtype), list(p.shape), p.detach().flatten()[:32].float().tolist())
+        for n, p in engine.lower.named_parameters()
+    ]
     return digest([engine.student.name, engine.depth, some])
 
 # %% ../nbs/44_engine.ipynb #0039
@@ -185,14 +222,22 @@ def weights_key(engine: Engine) -> str:
 def _autocast(self: Engine): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
 @patch
-def forward(self: Engine, layers: nn.Module, items: Sequence[Item], row: Row, below: Optional[Tensor] = None) -> Tensor:   # (L, H)
+def forward(
+    self: Engine, layers: nn.Module, items: Sequence[Item], row: Row, below: Optional[Tensor] = None
+) -> Tensor:  # (L, H)
     "States of a row behind some layers; the layers read tokens and images, or what is below them."
     n, row = len(row.ids), filled(row, self.multiple)
     images = [i.image for i in items if i.image]
-    if below is not None: first = dict(inputs_embeds=F.pad(below, (0, 0, 0, len(row.ids) - n))[None])
-    else: first = dict(inputs_embeds=self.student.embeds(row.ids[None], images)) if images else dict(input_ids=row.ids[None])
+    if below is not None:
+        first = dict(inputs_embeds=F.pad(below, (0, 0, 0, len(row.ids) - n))[None])
+    else:
+        first = (
+            dict(inputs_embeds=self.student.embeds(row.ids[None], images)) if images else dict(input_ids=row.ids[None])
+        )
     masks = masks_for(layers.config, row, block_mask if self.flex else dense_mask)
-    return layers(**first, position_ids=row.position[None], attention_mask=masks, use_cache=False).last_hidden_state[0, :n]
+    return layers(**first, position_ids=row.position[None], attention_mask=masks, use_cache=False).last_hidden_state[
+        0, :n
+    ]
 
 # %% ../nbs/44_engine.ipynb #0041
 SIDE_BY_SIDE = 9    # from so many answers on
@@ -215,7 +260,11 @@ def side_by_side(self: Engine, item: Item) -> list[Tensor]:
 def one_by_one(self: Engine, item: Item, found: Sequence[Optional[Tensor]]) -> list[Tensor]:
     "The same for those that are not known yet, each answer alone behind its prompt."
     row, memory, out = lambda tokens: torch.tensor([tokens], device=self.device), DynamicCache(), list(found)
-    first = dict(inputs_embeds=self.student.embeds(row(item.prompt), [item.image])) if item.image else dict(input_ids=row(item.prompt))
+    first = (
+        dict(inputs_embeds=self.student.embeds(row(item.prompt), [item.image]))
+        if item.image
+        else dict(input_ids=row(item.prompt))
+    )
     prompt = self.lower(**first, past_key_values=memory, use_cache=True).last_hidden_state[0]
     if found[0] is None: out[0] = prompt
     for i, a in enumerate(item.answers, 1):
@@ -240,7 +289,10 @@ def below(self: Engine, item: Item) -> Tensor:   # (len(item), H)
 @patch
 def states(self: Engine, items: Sequence[Item], row: Row) -> Tensor:   # (L, H)
     "Final hidden states of items in one row."
-    with self._autocast(): return self.forward(self.upper, items, row, None if self.lower is None else torch.cat([self.below(i) for i in items]))
+    with self._autocast():
+        return self.forward(
+            self.upper, items, row, None if self.lower is None else torch.cat([self.below(i) for i in items])
+        )
 
 # %% ../nbs/44_engine.ipynb #0045
 @patch
@@ -250,7 +302,10 @@ def logps(self: Engine,
 ) -> Logps:
     "Sums and lengths for items, each with a chosen and any number of rejected answers."
     items = [items] if isinstance(items, Item) else list(items)
-    if prompt and any(i.image for i in items): raise InputError('an image has no likelihood', field='train.nll_on', record='trl', hint='set train.nll_on=response')
+    if prompt and any(i.image for i in items):
+        raise InputError(
+            'an image has no likelihood', field='train.nll_on', record='trl', hint='set train.nll_on=response'
+        )
     row = lay_out(items).to(self.device)
     except_for = lambda *some: torch.ones_like(row.length, dtype=torch.bool).index_fill(0, torch.cat(some), False)
     keep = except_for(row.first)[row.segment] | prompt            # predicted tokens that are read
@@ -258,8 +313,17 @@ def logps(self: Engine,
         lp = token_logps(self.states(items, row)[row.source[keep]], row.target[keep], self.head, self.chunk, self.cap)
     sums = torch.zeros(len(row.length), device=self.device).index_add(0, row.segment[keep], lp)
     chosen, rejected = row.first + 1, except_for(row.first, row.first + 1)
-    owner = torch.arange(len(items), device=self.device).repeat_interleave(torch.tensor([len(i.answers) - 1 for i in items], device=self.device))
-    return Logps(sums[chosen], sums[rejected], row.length[chosen], row.length[rejected], owner, *((sums[row.first], row.length[row.first]) if prompt else ()))
+    owner = torch.arange(len(items), device=self.device).repeat_interleave(
+        torch.tensor([len(i.answers) - 1 for i in items], device=self.device)
+    )
+    return Logps(
+        sums[chosen],
+        sums[rejected],
+        row.length[chosen],
+        row.length[rejected],
+        owner,
+        *((sums[row.first], row.length[row.first]) if prompt else ()),
+    )
 
 # %% ../nbs/44_engine.ipynb #0047
 def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
@@ -267,7 +331,12 @@ def separate_logps(student: Student, item: Item) -> Tensor:   # (answers,)
     out = []
     for a in item.answers:
         x = torch.tensor([item.prompt + a], device=student.device)
-        lp = student.model(**student.row_inputs(item.prompt, a, item.image), use_cache=False).logits[0, :-1].float().log_softmax(-1)[range(x.shape[1] - 1), x[0, 1:]]
+        lp = (
+            student.model(**student.row_inputs(item.prompt, a, item.image), use_cache=False)
+            .logits[0, :-1]
+            .float()
+            .log_softmax(-1)[range(x.shape[1] - 1), x[0, 1:]]
+        )
         out.append(lp[len(item.prompt) - 1:].sum())
     return torch.stack(out)
 
@@ -289,44 +358,81 @@ def adopt(self: Engine) -> None:
     try:
         base.set_attn_implementation('flex_attention' if self.flex else 'sdpa')
         self.check()
-    except InputError: raise
+    except InputError:
+        raise
     except Exception as e:
-        raise InputError(f'cannot be run with a mask and positions of ours ({type(e).__name__}: {e})', field='student.model', record=self.config.model_type,
-                         hint=f"train this model with train.engine={'separate' if self.student.vision else 'trl'}") from e
+        raise InputError(
+            f'cannot be run with a mask and positions of ours ({type(e).__name__}: {e})',
+            field='student.model',
+            record=self.config.model_type,
+            hint=f"train this model with train.engine={'separate' if self.student.vision else 'trl'}",
+        ) from e
 
 # %% ../nbs/44_engine.ipynb #0050
 @patch
 def check(self: Engine) -> None:
     "Refuse a model for which answers in one row are not what they are in rows of their own."
     draw = np.random.default_rng(0).integers(10, self.config.vocab_size, (2, 14)).tolist()
-    items, mine, mode = [Item(str(i), t[:6], [t[6:9], t[9:]]) for i, t in enumerate(draw)], self.store, self.model.training
-    self.store = TensorStore(); self.model.eval()
+    items, mine, mode = (
+        [Item(str(i), t[:6], [t[6:9], t[9:]]) for i, t in enumerate(draw)],
+        self.store,
+        self.model.training,
+    )
+    self.store = TensorStore()
+    self.model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        if isinstance(self.student.vision, OwnVision): items = shown(self.student, items, folder)     # does it take images as ordinary tokens?
+        if isinstance(self.student.vision, OwnVision):
+            items = shown(self.student, items, folder)  # does it take images as ordinary tokens?
         lp = self.logps(items)
-        together, alone = torch.stack([lp.chosen, lp.rejected], 1), torch.stack([separate_logps(self.student, i) for i in items])
-    self.store = mine; self.model.train(mode)
+        together, alone = (
+            torch.stack([lp.chosen, lp.rejected], 1),
+            torch.stack([separate_logps(self.student, i) for i in items]),
+        )
+    self.store = mine
+    self.model.train(mode)
     off = ((together - alone).abs()/alone.abs()).max().item()
     if not off < (.03 if self.half else 1e-4):
-        raise InputError(f'does not honour the mask and positions it is given: log-probabilities are off by {off:.1%}', field='student.model',
-                         record=self.config.model_type, hint=f"train this model with train.engine={'separate' if self.student.vision else 'trl'}")
+        raise InputError(
+            f'does not honour the mask and positions it is given: log-probabilities are off by {off:.1%}',
+            field='student.model',
+            record=self.config.model_type,
+            hint=f"train this model with train.engine={'separate' if self.student.vision else 'trl'}",
+        )
 
 # %% ../nbs/44_engine.ipynb #0073
 class SeparateEngine:
     "Log-probabilities from an ordinary row for each answer: slow, and right for every model."
     def __init__(self, student: Student, store: Optional[TensorStore] = None):
-        self.student, self.model, self.store, self.budget = student, student.model, store or TensorStore(), 1      # an item at a time
-        self.half, self.vision_key = student.model.get_output_embeddings().weight.dtype == torch.bfloat16, student.vision.weights_key() if student.vision else ''
+        self.student, self.model, self.store, self.budget = (
+            student,
+            student.model,
+            store or TensorStore(),
+            1,
+        )  # an item at a time
+        self.half, self.vision_key = (
+            student.model.get_output_embeddings().weight.dtype == torch.bfloat16,
+            student.vision.weights_key() if student.vision else '',
+        )
+
     about = Engine.about
 
     def logps(self, items: Sequence[Item] | Item, prompt: bool = False) -> Logps:
         "Sums and lengths for items, as `Engine.logps` gives them."
-        if prompt: raise InputError('separate rows read answers only', field='train.nll_on', record='trl', hint='set train.nll_on=response')
+        if prompt:
+            raise InputError(
+                'separate rows read answers only', field='train.nll_on', record='trl', hint='set train.nll_on=response'
+            )
         items = [items] if isinstance(items, Item) else list(items)
-        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.half): sums = [separate_logps(self.student, i) for i in items]
+        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.half):
+            sums = [separate_logps(self.student, i) for i in items]
         number = lambda x: torch.tensor(x, device=self.student.device)
-        return Logps(torch.stack([s[0] for s in sums]), torch.cat([s[1:] for s in sums]), number([len(i.answers[0]) for i in items]),
-                     number([len(a) for i in items for a in i.answers[1:]]), number([n for n, i in enumerate(items) for _ in i.answers[1:]]))
+        return Logps(
+            torch.stack([s[0] for s in sums]),
+            torch.cat([s[1:] for s in sums]),
+            number([len(i.answers[0]) for i in items]),
+            number([len(a) for i in items for a in i.answers[1:]]),
+            number([n for n, i in enumerate(items) for _ in i.answers[1:]]),
+        )
 
 # %% ../nbs/44_engine.ipynb #0076
 class Choice(NamedTuple):
@@ -337,28 +443,54 @@ class Choice(NamedTuple):
 
 def patched_by(model: Any) -> str:
     "'unsloth' if Unsloth has put code of its own into a model's layers, else ''."
-    code = [getattr(f, '__module__', '') or '' for m in model.modules() for f in (type(m), type(m).forward, m.__dict__.get('forward'))]
+    code = [
+        getattr(f, '__module__', '') or ''
+        for m in model.modules()
+        for f in (type(m), type(m).forward, m.__dict__.get('forward'))
+    ]
     return 'unsloth' if any(c.split('.')[0].startswith('unsloth') for c in code) else ''
 
+# %% ../nbs/44_engine.ipynb #0076-1
 def probe(student: Student, store: Optional[TensorStore] = None, compiled: bool = False) -> Choice:
     "Our engine if the model's attention takes its mask, else what can train the model as it is."
     base = student.model.get_base_model() if hasattr(student.model, 'get_base_model') else student.model
     before, whose = base.config._attn_implementation, patched_by(student.model) or 'transformers'
-    try: return Choice('mint', Engine(student, store, compiled=compiled and whose != 'unsloth'), f'the attention of this model ({whose}) takes our mask: answers in one row equal answers in rows of their own')
-    except InputError as e: said = e.problem
+    try:
+        return Choice(
+            'mint',
+            Engine(student, store, compiled=compiled and whose != 'unsloth'),
+            f'the attention of this model ({whose}) takes our mask: answers in one row equal answers in rows of their own',
+        )
+    except InputError as e:
+        said = e.problem
     base.set_attn_implementation(before)
-    if student.vision: return Choice('separate', SeparateEngine(student, store), f'the model {said}; a row for each answer instead, since the TRL trainers read text only here')
-    return Choice('trl', None, f"the model {said}; {'Unsloth' if whose == 'unsloth' else 'TRL'}'s own trainer instead, whose ORPO counts the likelihood of prompt and answer (nll_on = trl)")
+    if student.vision:
+        return Choice(
+            'separate',
+            SeparateEngine(student, store),
+            f'the model {said}; a row for each answer instead, since the TRL trainers read text only here',
+        )
+    return Choice(
+        'trl',
+        None,
+        f"the model {said}; {'Unsloth' if whose == 'unsloth' else 'TRL'}'s own trainer instead, whose ORPO counts the likelihood of prompt and answer (nll_on = trl)",
+    )
 
 # %% ../nbs/44_engine.ipynb #0077
 def choose_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Choice:
     "The engine that the parameters ask for, or the model takes."
     compiled = params.compiled and torch.cuda.is_available()
     if params.engine == 'auto': return probe(student, store, compiled)
-    kinds = {'mint': lambda: Engine(student, store, compiled=compiled), 'separate': lambda: SeparateEngine(student, store), 'trl': lambda: None}
+    kinds = {
+        'mint': lambda: Engine(student, store, compiled=compiled),
+        'separate': lambda: SeparateEngine(student, store),
+        'trl': lambda: None,
+    }
     return Choice(params.engine, kinds[params.engine](), 'asked for')
 
-def make_engine(student: Student, params: TrainParams, store: Optional[TensorStore] = None) -> Optional[Engine | SeparateEngine]:
+def make_engine(
+    student: Student, params: TrainParams, store: Optional[TensorStore] = None
+) -> Optional[Engine | SeparateEngine]:
     "The engine alone; None where TRL trains."
     return choose_engine(student, params, store).engine
 
@@ -371,12 +503,16 @@ def adapter_digest(model: Any) -> str:
     "Digest of all trainable weights."
     h = hashlib.sha256()
     for n, p in sorted(model.named_parameters()):
-        if p.requires_grad: h.update(n.encode()); h.update(whole(p.detach()).float().cpu().numpy().tobytes())
+        if p.requires_grad:
+            h.update(n.encode())
+            h.update(whole(p.detach()).float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/44_engine.ipynb #0085
 @torch.no_grad()
-def reference_logps(engine: Engine, items: Sequence[Item], desc: str = 'reference') -> dict[str, list[float]]:   # by case, a sum for each answer
+def reference_logps(
+    engine: Engine, items: Sequence[Item], desc: str = 'reference'
+) -> dict[str, list[float]]:  # by case, a sum for each answer
     "Summed log-probabilities under the model as it is now."
     weights, out = [engine.student.name, adapter_digest(engine.model)], {}
     for it in progress(items, desc):

@@ -28,11 +28,20 @@ FORMATS = ('merged', 'adapter', 'gguf')
 def questions(run: Run, student: Student, n: int = 20) -> list[tuple[list[int], list[int]]]:
     "Token ids of a prompt and of an answer list, for the first n test cases."
     p, task, catalogue = run.params, run.task, run.catalogue
-    if task.view != 'note': raise InputError('the check of an export asks with text alone', field='task', record=p.task, hint='share the adapter folder of the run as it is')
+    if task.view != 'note':
+        raise InputError(
+            'the check of an export asks with text alone',
+            field='task',
+            record=p.task,
+            hint='share the adapter folder of the run as it is',
+        )
     k = run.k
     names = [catalogue.names[i] for i in catalogue.ids]
     lists = [task.answer([names[(i + j) % len(names)] for j in range(k)]) for i in range(n)]
-    return [(student.prompt_ids(task, c.note, k, p.student.max_prompt), student.answer_ids(a)) for c, a in zip(run.cases('test')[:n], lists)]
+    return [
+        (student.prompt_ids(task, c.note, k, p.student.max_prompt), student.answer_ids(a))
+        for c, a in zip(run.cases('test')[:n], lists)
+    ]
 
 # %% ../nbs/73_export.ipynb #0007
 @torch.no_grad()
@@ -55,18 +64,41 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> Distance:   # (tokens, V) each
     "How far logits b are from logits a."
     pa, pb = a.double().log_softmax(-1), b.double().log_softmax(-1)
     tops = [set(x) & set(y) for x, y in zip(a.topk(10).indices.tolist(), b.topk(10).indices.tolist())]
-    return Distance((a - b).abs().max().item(), (pa.exp()*(pa - pb)).sum(-1).mean().clamp(min=0).item(), sum(map(len, tops))/len(tops)/10)
+    return Distance(
+        (a - b).abs().max().item(),
+        (pa.exp() * (pa - pb)).sum(-1).mean().clamp(min=0).item(),
+        sum(map(len, tops)) / len(tops) / 10,
+    )
 
 # %% ../nbs/73_export.ipynb #0014
-def check_export(aligned: torch.Tensor, base: torch.Tensor, export: torch.Tensor, file: Any = None) -> dict:   # logits, (tokens, V) each
+def check_export(
+    aligned: torch.Tensor, base: torch.Tensor, export: torch.Tensor, file: Any = None
+) -> dict:  # logits, (tokens, V) each
     "Refuse an export that does not answer like the student, or answers like the base."
-    if export.shape != aligned.shape: raise InputError(f'has {export.shape[-1]} logits a token, the student {aligned.shape[-1]}', file=file)
+    if export.shape != aligned.shape:
+        raise InputError(f'has {export.shape[-1]} logits a token, the student {aligned.shape[-1]}', file=file)
     trained, off, same = distance(aligned, base), distance(aligned, export), distance(base, export)
-    found = {'tokens': len(aligned), 'export_to_student': off._asdict(), 'export_to_base': same._asdict(), 'student_to_base': trained._asdict()}
-    if not trained.kl > 1e-9: raise InputError('the adapter changes nothing, so no check can tell the student from its base', file=file, hint='train longer, or export the base')
+    found = {
+        'tokens': len(aligned),
+        'export_to_student': off._asdict(),
+        'export_to_base': same._asdict(),
+        'student_to_base': trained._asdict(),
+    }
+    if not trained.kl > 1e-9:
+        raise InputError(
+            'the adapter changes nothing, so no check can tell the student from its base',
+            file=file,
+            hint='train longer, or export the base',
+        )
     if not (off.kl <= .05*trained.kl and off.top10 >= .95):
-        why = 'it equals the base model' if same.kl < .1*off.kl else f'divergence {off.kl:.2g} against {trained.kl:.2g} between student and base, {off.top10:.0%} of the top ten agree'
-        raise InputError(f'the export does not answer like the aligned student: {why}', file=file, hint='nothing was written')
+        why = (
+            'it equals the base model'
+            if same.kl < 0.1 * off.kl
+            else f'divergence {off.kl:.2g} against {trained.kl:.2g} between student and base, {off.top10:.0%} of the top ten agree'
+        )
+        raise InputError(
+            f'the export does not answer like the aligned student: {why}', file=file, hint='nothing was written'
+        )
     return found
 
 # %% ../nbs/73_export.ipynb #0019
@@ -115,7 +147,11 @@ def pre_tokenizer(tokenizer: Any) -> str:
     if kinds == ['ByteLevel'] and steps[0]['use_regex']: return 'gpt-2'
     if kinds == ['Digits', 'ByteLevel'] and steps[0]['individual_digits'] and steps[1]['use_regex']: return 'smollm'
     if kinds == ['Split', 'ByteLevel'] and '{1,3}' in text and "(?i:'s" in text: return 'llama-bpe'
-    raise InputError(f'cuts texts in a way that has no name here: {text[:80]}', field='tokenizer', hint='set LLAMA_CPP to a checkout of llama.cpp, whose converter knows more')
+    raise InputError(
+        f'cuts texts in a way that has no name here: {text[:80]}',
+        field='tokenizer',
+        hint='set LLAMA_CPP to a checkout of llama.cpp, whose converter knows more',
+    )
 
 # %% ../nbs/73_export.ipynb #0028
 def write_gguf(student: Student, out: Path, name: str, half: bool = True) -> Path:
@@ -123,40 +159,78 @@ def write_gguf(student: Student, out: Path, name: str, half: bool = True) -> Pat
     import gguf
     c, tok = student.model.config, student.tokenizer
     w = gguf.GGUFWriter(str(out), 'llama')
-    w.add_name(name); w.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
-    w.add_vocab_size(c.vocab_size); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size); w.add_block_count(c.num_hidden_layers)
-    w.add_feed_forward_length(c.intermediate_size); w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads)
-    w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta']); w.add_rope_dimension_count(c.head_dim)
+    w.add_name(name)
+    w.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    w.add_vocab_size(c.vocab_size)
+    w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(c.hidden_size)
+    w.add_block_count(c.num_hidden_layers)
+    w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads)
+    w.add_head_count_kv(c.num_key_value_heads)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_rope_freq_base(c.rope_parameters['rope_theta'])
+    w.add_rope_dimension_count(c.head_dim)
     special = {i for i, t in tok.added_tokens_decoder.items() if t.special}
     tokens = tok.convert_ids_to_tokens(range(len(tok))) + [f'[PAD{i}]' for i in range(len(tok), c.vocab_size)]
-    w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre(pre_tokenizer(tok)); w.add_token_list(tokens)
-    w.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if i < len(tok) else gguf.TokenType.UNUSED for i in range(len(tokens))])
+    w.add_tokenizer_model('gpt2')
+    w.add_tokenizer_pre(pre_tokenizer(tok))
+    w.add_token_list(tokens)
+    w.add_token_types(
+        [
+            gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if i < len(tok) else gguf.TokenType.UNUSED
+            for i in range(len(tokens))
+        ]
+    )
     w.add_token_merges([' '.join(m) for m in json.loads(tok.backend_tokenizer.to_str())['model']['merges']])
-    w.add_eos_token_id(tok.eos_token_id); w.add_pad_token_id(tok.pad_token_id); w.add_add_bos_token(False); w.add_chat_template(tok.chat_template)
+    w.add_eos_token_id(tok.eos_token_id)
+    w.add_pad_token_id(tok.pad_token_id)
+    w.add_add_bos_token(False)
+    w.add_chat_template(tok.chat_template)
     if tok.bos_token_id is not None: w.add_bos_token_id(tok.bos_token_id)
-    for name, t in gguf_tensors(student.model).items(): w.add_tensor(name, t.astype(np.float16) if half and t.ndim > 1 else t)
-    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    for name, t in gguf_tensors(student.model).items():
+        w.add_tensor(name, t.astype(np.float16) if half and t.ndim > 1 else t)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
     return out
 
 # %% ../nbs/73_export.ipynb #0031
 def plain_llama(student: Student) -> bool:
     "Whether `write_gguf` knows this model."
     c = student.model.config
-    return c.model_type == 'llama' and (getattr(c, 'rope_parameters', None) or {}).get('rope_type') == 'default' and not c.attention_bias and not c.mlp_bias
+    return (
+        c.model_type == 'llama'
+        and (getattr(c, 'rope_parameters', None) or {}).get('rope_type') == 'default'
+        and not c.attention_bias
+        and not c.mlp_bias
+    )
+
 
 def converter() -> list[str]:
     "The command of llama.cpp's converter."
     there = Path(os.environ.get('LLAMA_CPP', ''))/'convert_hf_to_gguf.py'
     found = str(there) if os.environ.get('LLAMA_CPP') and there.exists() else shutil.which('convert_hf_to_gguf.py')
-    if not found: raise InputError('GGUF for this architecture needs the converter of llama.cpp', field='--format', record='gguf',
-                                   hint='git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to the folder; or export merged weights')
+    if not found:
+        raise InputError(
+            'GGUF for this architecture needs the converter of llama.cpp',
+            field='--format',
+            record='gguf',
+            hint='git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to the folder; or export merged weights',
+        )
     return [sys.executable, found]
 
 # %% ../nbs/73_export.ipynb #0032
 def convert(merged: Path, out: Path, half: bool = True) -> Path:
     "Run llama.cpp's converter on merged weights."
-    done = subprocess.run([*converter(), str(merged), '--outfile', str(out), '--outtype', 'f16' if half else 'f32'], capture_output=True, text=True)
-    if done.returncode or not out.exists(): raise InputError(f'the converter failed: {(done.stderr or done.stdout).strip()[-300:]}', file=merged)
+    done = subprocess.run(
+        [*converter(), str(merged), '--outfile', str(out), '--outtype', 'f16' if half else 'f32'],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode or not out.exists():
+        raise InputError(f'the converter failed: {(done.stderr or done.stdout).strip()[-300:]}', file=merged)
     return out
 
 # %% ../nbs/73_export.ipynb #0036
@@ -174,7 +248,10 @@ def same_tokens(a: Student, b: Student, texts: Sequence[str]) -> None:
     "Refuse an export whose tokenizer cuts texts differently."
     ids = lambda s, t: s.tokenizer(t, add_special_tokens=False)['input_ids']
     bad = next((t for t in texts if ids(a, t) != ids(b, t)), None)
-    if bad is not None: raise InputError('the tokenizer of the export cuts a text differently', record=bad[:60], hint='nothing was written')
+    if bad is not None:
+        raise InputError(
+            'the tokenizer of the export cuts a text differently', record=bad[:60], hint='nothing was written'
+        )
 
 # %% ../nbs/73_export.ipynb #0041
 class Licence(NamedTuple):
@@ -183,17 +260,38 @@ class Licence(NamedTuple):
     duties: str
 
 LICENCES = (
-    (r'smollm', Licence('apache-2.0', 'Apache License 2.0: pass on the licence text, state that files were changed, keep notices.')),
-    (r'llama-?3\.2', Licence('llama3.2', 'Llama 3.2 Community License (https://www.llama.com/llama3_2/license): pass on a copy of the agreement, show "Built with Llama", begin the '
-                             'name of the model with "Llama", add the notice file, and keep to the Acceptable Use Policy. For the multimodal models no rights are granted to '
-                             'individuals domiciled in, or companies with their principal place of business in, the European Union.')),
-    (r'llama-?3', Licence('other', 'Llama 3 Community License of its version: pass on a copy, show "Built with Llama", begin the name of the model with "Llama", keep to the Acceptable Use Policy.')),
-    (r'^tiny$', Licence('apache-2.0', 'Random weights; the tokenizer is that of SmolLM2 (Apache License 2.0).')))
+    (
+        r'smollm',
+        Licence(
+            'apache-2.0', 'Apache License 2.0: pass on the licence text, state that files were changed, keep notices.'
+        ),
+    ),
+    (
+        r'llama-?3\.2',
+        Licence(
+            'llama3.2',
+            'Llama 3.2 Community License (https://www.llama.com/llama3_2/license): pass on a copy of the agreement, show "Built with Llama", begin the '
+            'name of the model with "Llama", add the notice file, and keep to the Acceptable Use Policy. For the multimodal models no rights are granted to '
+            'individuals domiciled in, or companies with their principal place of business in, the European Union.',
+        ),
+    ),
+    (
+        r'llama-?3',
+        Licence(
+            'other',
+            'Llama 3 Community License of its version: pass on a copy, show "Built with Llama", begin the name of the model with "Llama", keep to the Acceptable Use Policy.',
+        ),
+    ),
+    (r'^tiny$', Licence('apache-2.0', 'Random weights; the tokenizer is that of SmolLM2 (Apache License 2.0).')),
+)
 
 def licence_of(base: str) -> Licence:
     "The licence of a base model by its name."
     found = next((l for pattern, l in LICENCES if re.search(pattern, base.lower())), None)
-    return found or Licence('other', f'The licence of {Path(base).name} is not known to this package: look it up before you share this folder.')
+    return found or Licence(
+        'other',
+        f'The licence of {Path(base).name} is not known to this package: look it up before you share this folder.',
+    )
 
 # %% ../nbs/73_export.ipynb #0043
 def metric_lines(run: Run, method: str, seed: int) -> list[str]:
@@ -204,51 +302,90 @@ def metric_lines(run: Run, method: str, seed: int) -> list[str]:
     rows = ['| method | metric | value | 95 % interval | test cases |', '|---|---|---|---|---|']
     for m in dict.fromkeys((method, 'base')):
         some = t[(t.method == m) & (t.seed == seed)].set_index('metric')
-        rows += [f'| {m} | {k} | {some.value[k]:.3f} | {some.lo[k]:.3f} to {some.hi[k]:.3f} | {some.n[k]:.0f} |' for k in shown_metrics() if k in some.index]
+        rows += [
+            f'| {m} | {k} | {some.value[k]:.3f} | {some.lo[k]:.3f} to {some.hi[k]:.3f} | {some.n[k]:.0f} |'
+            for k in shown_metrics()
+            if k in some.index
+        ]
     return rows if len(rows) > 2 else [f'Not measured: the results hold no row for {method}, seed {seed}.']
 
 # %% ../nbs/73_export.ipynb #0044
 def data_lines(run: Run) -> list[str]:
     "Where the cases and the pairs came from."
     card, source = read_json(run/'cases/card.json'), run.params.cohort.source
-    what = 'simulated patients (no real person; findings drawn from HPO annotation frequencies)' if card['simulated'] else f'real cases ({Path(source).name}); mind their licence and consent before you share a model trained on them'
-    return [f"- Cases: {what}. Training {run.params.cohort.train or 'all'}, answers {len(run.catalogue)}, seed {run.params.cohort.seed}.",
-            f"- Human Phenotype Ontology {card['hpo']} (https://hpo.jax.org), used unmodified. Diseases carry MIM numbers as identifiers only.",
-            f'- Pairs: the first {run.params.pairs.k} names of the multimodal teacher against its last {run.params.pairs.q} (MINT, arXiv 2505.05736).']
+    what = (
+        'simulated patients (no real person; findings drawn from HPO annotation frequencies)'
+        if card['simulated']
+        else f'real cases ({Path(source).name}); mind their licence and consent before you share a model trained on them'
+    )
+    return [
+        f"- Cases: {what}. Training {run.params.cohort.train or 'all'}, answers {len(run.catalogue)}, seed {run.params.cohort.seed}.",
+        f"- Human Phenotype Ontology {card['hpo']} (https://hpo.jax.org), used unmodified. Diseases carry MIM numbers as identifiers only.",
+        f'- Pairs: the first {run.params.pairs.k} names of the multimodal teacher against its last {run.params.pairs.q} (MINT, arXiv 2505.05736).',
+    ]
 
 # %% ../nbs/73_export.ipynb #0045
 def model_card(run: Run, method: str, seed: int, format: str, found: dict) -> str:   # Markdown with a YAML header
     "The README of an export."
     p, licence, base = run.params, licence_of(run.params.student.model), run.params.student.model
-    entry = next((e for e in reversed(run.manifest) if e['stage'] == f'align/{method}-{seed}' and e['status'] == 'done'), {})
-    head = {'license': licence.name, 'base_model': base_name(base), 'library_name': {'adapter': 'peft', 'gguf': 'gguf'}.get(format, 'transformers'), 'pipeline_tag': 'text-generation',
-            'tags': ['mint_nb', 'preference-alignment', 'rare-disease', 'research-only'] + (['simulated'] if not p.cohort.source else [])}
-    note = ' Its weights were dequantised from a Q4_1 file; on the full-precision weights of the hub answers may differ slightly.' if base == 'smollm2' else ''
+    entry = next(
+        (e for e in reversed(run.manifest) if e['stage'] == f'align/{method}-{seed}' and e['status'] == 'done'), {}
+    )
+    head = {
+        'license': licence.name,
+        'base_model': base_name(base),
+        'library_name': {'adapter': 'peft', 'gguf': 'gguf'}.get(format, 'transformers'),
+        'pipeline_tag': 'text-generation',
+        'tags': ['mint_nb', 'preference-alignment', 'rare-disease', 'research-only']
+        + (['simulated'] if not p.cohort.source else []),
+    }
+    note = (
+        ' Its weights were dequantised from a Q4_1 file; on the full-precision weights of the hub answers may differ slightly.'
+        if base == 'smollm2'
+        else ''
+    )
     made = ', '.join(f'{k} {v}' for k, v in entry.get('versions', versions()).items())
     off = found['export_to_student']
-    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {p.task}: {base_name(base).split('/')[-1]}, {method}", '**Research use only, not for clinical decision making.**',
-             f'A language model that reads a clinical note and lists the {p.pairs.k} likeliest {run.task.noun} of a closed list, aligned with `{method}` (seed {seed}) by mint_nb.',
-             f'## Base and licence\n{base_name(base)}.{note}\n\n{licence.duties}', '## Data\n' + '\n'.join(data_lines(run)), '## Results\n' + '\n'.join(metric_lines(run, method, seed)),
-             '## Intended use\nMethods research on preference alignment with rankings of a multimodal teacher. The answer is a list in a fixed format; a name in it is a guess, not a diagnosis.',
-             f"## Limits\nIt knows the {len(run.catalogue)} answers of its run and no others; lists repeat what the teacher ranked, its errors included; probabilities of aligned models are over-confident. "
-             + ('Figures from simulated patients say nothing about real ones.' if not p.cohort.source else 'Published cases are more typical than those of a clinic.'),
-             f"## How it was made\n{made}. Training took {entry.get('seconds', 0):.0f} s on {entry.get('device', 'an unknown device')}.",
-             f"## Checked\nRead back from these files and compared with the aligned student at {found['tokens']} answer tokens of {found['prompts']} prompts: largest logit difference {off['logit']:.3g}, "
-             f"divergence {off['kl']:.2g} nats (base: {found['student_to_base']['kl']:.2g}), {off['top10']:.1%} of the ten likeliest tokens agree."]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {p.task}: {base_name(base).split('/')[-1]}, {method}",
+        '**Research use only, not for clinical decision making.**',
+        f'A language model that reads a clinical note and lists the {p.pairs.k} likeliest {run.task.noun} of a closed list, aligned with `{method}` (seed {seed}) by mint_nb.',
+        f'## Base and licence\n{base_name(base)}.{note}\n\n{licence.duties}',
+        '## Data\n' + '\n'.join(data_lines(run)),
+        '## Results\n' + '\n'.join(metric_lines(run, method, seed)),
+        '## Intended use\nMethods research on preference alignment with rankings of a multimodal teacher. The answer is a list in a fixed format; a name in it is a guess, not a diagnosis.',
+        f"## Limits\nIt knows the {len(run.catalogue)} answers of its run and no others; lists repeat what the teacher ranked, its errors included; probabilities of aligned models are over-confident. "
+        + (
+            'Figures from simulated patients say nothing about real ones.'
+            if not p.cohort.source
+            else 'Published cases are more typical than those of a clinic.'
+        ),
+        f"## How it was made\n{made}. Training took {entry.get('seconds', 0):.0f} s on {entry.get('device', 'an unknown device')}.",
+        f"## Checked\nRead back from these files and compared with the aligned student at {found['tokens']} answer tokens of {found['prompts']} prompts: largest logit difference {off['logit']:.3g}, "
+        f"divergence {off['kl']:.2g} nats (base: {found['student_to_base']['kl']:.2g}), {off['top10']:.1%} of the ten likeliest tokens agree.",
+    ]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/73_export.ipynb #0047
 def write_format(run: Run, adapter: Path, format: str, out: Path, half: bool) -> None:
     "Write the files of one format."
     base = run.params.student.model
-    if format == 'adapter': write_adapter(adapter, base, out); return
+    if format == 'adapter':
+        write_adapter(adapter, base, out)
+        return
     student = load_student(base, adapter=adapter, precision='fp32')
-    if format == 'merged': write_merged(student, out, torch.bfloat16 if half else torch.float32); return
+    if format == 'merged':
+        write_merged(student, out, torch.bfloat16 if half else torch.float32)
+        return
     out.mkdir(parents=True)
     file = out/f'{adapter.parent.name}-{"f16" if half else "f32"}.gguf'
-    if plain_llama(student): write_gguf(student, file, adapter.parent.name, half); return
-    converter()      # before minutes of merging
-    write_merged(student, out/'.merged', torch.float32); convert(out/'.merged', file, half); shutil.rmtree(out/'.merged')
+    if plain_llama(student):
+        write_gguf(student, file, adapter.parent.name, half)
+        return
+    converter()  # before minutes of merging
+    write_merged(student, out / '.merged', torch.float32)
+    convert(out / '.merged', file, half)
+    shutil.rmtree(out / '.merged')
 
 # %% ../nbs/73_export.ipynb #0048
 def export_student(
@@ -261,18 +398,32 @@ def export_student(
 ) -> dict:                              # what the check found
     "Export an aligned student and show that the export answers like it."
     out, adapter, base = Path(out), run/f'align/{method}-{seed}/adapter', run.params.student.model
-    if format not in FORMATS: raise InputError(f'there is no such format; there are {", ".join(FORMATS)}', field='--format', record=format)
-    if not adapter.exists(): raise InputError('there is no such adapter', file=adapter, hint=f'run the align stage for {method}, or choose --method and --seed')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError('exists and is not empty', file=out, field='--out', hint='choose a new folder')
+    if format not in FORMATS:
+        raise InputError(f'there is no such format; there are {", ".join(FORMATS)}', field='--format', record=format)
+    if not adapter.exists():
+        raise InputError(
+            'there is no such adapter',
+            file=adapter,
+            hint=f'run the align stage for {method}, or choose --method and --seed',
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError('exists and is not empty', file=out, field='--out', hint='choose a new folder')
     student = load_student(base, precision='fp32')
     asked = questions(run, student, prompts)
     plain = answer_logits(student, asked)
-    want = answer_logits(Student(PeftModel.from_pretrained(student.model, adapter).eval(), student.tokenizer, base), asked)
+    want = answer_logits(
+        Student(PeftModel.from_pretrained(student.model, adapter).eval(), student.tokenizer, base), asked
+    )
     with atomic_path(out) as tmp:
         write_format(run, adapter, format, tmp, half)
         back = read_back(format, tmp, base)
         same_tokens(student, back, [student.tokenizer.decode(p + a) for p, a in asked])
-        found = check_export(want, plain, answer_logits(back, asked), out) | {'prompts': len(asked), 'format': format, 'method': method, 'seed': seed}
+        found = check_export(want, plain, answer_logits(back, asked), out) | {
+            'prompts': len(asked),
+            'format': format,
+            'method': method,
+            'seed': seed,
+        }
         write_json(tmp/'export_check.json', found)
         (tmp/'README.md').write_text(model_card(run, method, seed, format, found))
     return found
@@ -285,8 +436,10 @@ def push(
 ) -> str:                    # its address
     "Upload an export to the Hugging Face hub, with the login of this machine."
     folder = Path(folder)
-    if not (folder/'export_check.json').exists(): raise InputError('is not a checked export', file=folder, hint='mint-nb export makes one')
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise InputError('is not of the form user/name', field='--push', record=repo)
+    if not (folder / 'export_check.json').exists():
+        raise InputError('is not a checked export', file=folder, hint='mint-nb export makes one')
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
+        raise InputError('is not of the form user/name', field='--push', record=repo)
     if 'llama3.2' in (folder/'README.md').read_text().split('---')[1] and not repo.split('/')[1].startswith('Llama'):
         raise InputError('the licence of the base asks for a name that begins with Llama', field='--push', record=repo)
     from huggingface_hub import HfApi
@@ -296,5 +449,10 @@ def push(
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message='mint_nb export')
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as e:
-        raise InputError(f'the hub refused: {str(e).splitlines()[0]}', field='--push', record=repo, hint='log in with hf auth login, and go online') from e
+        raise InputError(
+            f'the hub refused: {str(e).splitlines()[0]}',
+            field='--push',
+            record=repo,
+            hint='log in with hf auth login, and go online',
+        ) from e
     return f'https://huggingface.co/{repo}'

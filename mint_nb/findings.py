@@ -62,11 +62,16 @@ class Extractor:
         key = tuple(sorted(stem(w) for w, _, _ in content_words(name)))
         if len(key) > 1 or (key and len(key[0]) > 3): self.names.setdefault(key, term)
 
-    def __repr__(self): return f'Extractor({len(self.names):,} names, {len(self.capitals)} abbreviations, HPO {self.ontology.version})'
+    def __repr__(self):
+        return f'Extractor({len(self.names):,} names, {len(self.capitals)} abbreviations, HPO {self.ontology.version})'
 
 # %% ../nbs/14_findings.ipynb #0012
 _SENTENCE = re.compile(r'[^.!?\n]+(?:[.!?](?=\S)[^.!?\n]*)*[.!?]?')
-_TURN = re.compile(r'\b(?:but|however|although|though|except|despite|yet|while|whereas|apart from|instead|nevertheless|because|since|which)\b|[;:]', re.I)
+_TURN = re.compile(
+    r'\b(?:but|however|although|though|except|despite|yet|while|whereas|apart from|instead|nevertheless|because|since|which)\b|[;:]',
+    re.I,
+)
+
 
 def clauses(note: str) -> list[tuple[int, int]]:
     "Where the clauses of a note begin and end."
@@ -85,16 +90,26 @@ def mentions(self: Extractor, note: str) -> list[tuple[str, int, int]]:
         keys, i = [stem(w) for w, _, _ in words], 0
         while i < len(words):
             sizes = range(min(self.longest, len(words) - i), 0, -1)
-            n, term = next(((n, t) for n in sizes if (t := self.names.get(tuple(sorted(keys[i:i + n]))))), (1, self.capitals.get(words[i][0])))
+            n, term = next(
+                ((n, t) for n in sizes if (t := self.names.get(tuple(sorted(keys[i : i + n]))))),
+                (1, self.capitals.get(words[i][0])),
+            )
             if term: out.append((term, a + words[i][1], a + words[i + n - 1][2]))
             i += n if term else 1
     return out
 
 # %% ../nbs/14_findings.ipynb #0015
-_BEFORE = re.compile(r'\b(?:no|not|without|denie[sd]|absence of|lacks?|lack of|negative for|rul(?:es?|ed|ing) out|exclu(?:des?|ded|ding|sion of)|free of|never|neither|nor|none|absent|'
-                     r'does not|did not|unaffected by|rather than|normal)\b', re.I)
-_AFTER = re.compile(r'\b(?:absent|absence|exclud\w+|ruled out|negative|within normal limits|normal|unremarkable|unaffected|(?:is|are|was|were|has|have|had) not|'
-                    r'(?:not|never)(?: been)? (?:found|present|observed|detected|noted|seen|reported|identified|evident|documented|exhibit\w*|apparent|confirmed|a feature))\b', re.I)
+_BEFORE = re.compile(
+    r'\b(?:no|not|without|denie[sd]|absence of|lacks?|lack of|negative for|rul(?:es?|ed|ing) out|exclu(?:des?|ded|ding|sion of)|free of|never|neither|nor|none|absent|'
+    r'does not|did not|unaffected by|rather than|normal)\b',
+    re.I,
+)
+_AFTER = re.compile(
+    r'\b(?:absent|absence|exclud\w+|ruled out|negative|within normal limits|normal|unremarkable|unaffected|(?:is|are|was|were|has|have|had) not|'
+    r'(?:not|never)(?: been)? (?:found|present|observed|detected|noted|seen|reported|identified|evident|documented|exhibit\w*|apparent|confirmed|a feature))\b',
+    re.I,
+)
+
 
 def negated(note: str, start: int, end: int, spans: Optional[Sequence[tuple[int, int]]] = None) -> bool:
     "Is what stands at a place said to be absent? `spans` are the note's `clauses`."
@@ -102,12 +117,24 @@ def negated(note: str, start: int, end: int, spans: Optional[Sequence[tuple[int,
     return bool(_BEFORE.search(note, a, start) or _AFTER.search(note, end, max(b, end)))
 
 # %% ../nbs/14_findings.ipynb #0018
-_NUMBERS = {w: i for i, w in enumerate('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty'.split())}
+_NUMBERS = {
+    w: i
+    for i, w in enumerate(
+        'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty'.split()
+    )
+}
 _N = rf'(\d+(?:\.\d+)?|{"|".join(_NUMBERS)})'
 _UNIT = r'(years?|yrs?|y|months?|mos?|m|weeks?|wks?|days?)'
 _PART = rf'{_N}[\s-]*{_UNIT}(?:[\s,-]*(?:and\s+)?{_N}[\s-]*(months?))?'
-_AGES = [re.compile(p, re.I) for p in (
-    rf'\b{_PART}[\s-]*(?:old\b|/o\b|o\b)', rf'\baged?\s+(?:of\s+|is\s+|was\s+|:\s*)?{_PART}\b', rf'\b{_PART}\s+of\s+age\b', rf'\baged?\s+(?:of\s+|:\s*)?{_N}()()()\b')]
+_AGES = [
+    re.compile(p, re.I)
+    for p in (
+        rf'\b{_PART}[\s-]*(?:old\b|/o\b|o\b)',
+        rf'\baged?\s+(?:of\s+|is\s+|was\s+|:\s*)?{_PART}\b',
+        rf'\b{_PART}\s+of\s+age\b',
+        rf'\baged?\s+(?:of\s+|:\s*)?{_N}()()()\b',
+    )
+]
 _YEARS = {'y': 1., 'm': 1/12, 'w': 7/365.25, 'd': 1/365.25}
 
 def age_of(note: str) -> Optional[float]:
@@ -147,7 +174,13 @@ def judge(
     for t, a, b in mentions: told[t] = told.get(t, True) and negated(note, a, b, spans)
     present = [t for t, no in told.items() if not no]
     implied = {a for t in present for a in ontology.ancestors(t) if a != t}
-    return tuple(Finding(t, ontology.label(t), no) for no in (False, True) for t, n in told.items() if n == no and (no or t not in implied))
+    return tuple(
+        Finding(t, ontology.label(t), no)
+        for no in (False, True)
+        for t, n in told.items()
+        if n == no and (no or t not in implied)
+    )
+
 
 @patch
 def extract(self: Extractor, notes: Sequence[str]) -> list[Extraction]:
@@ -162,7 +195,12 @@ def read_findings_text(note: str, ontology: Ontology) -> Extraction:
 
 def with_extracted(case: Case, extraction: Extraction) -> Case:
     "A copy of a case that knows of its findings only what the note says; age and sex are filled in where they are not on record."
-    return replace(case, phenotypes=extraction.findings, age=extraction.age if case.age is None else case.age, sex=case.sex or extraction.sex)
+    return replace(
+        case,
+        phenotypes=extraction.findings,
+        age=extraction.age if case.age is None else case.age,
+        sex=case.sex or extraction.sex,
+    )
 
 # %% ../nbs/14_findings.ipynb #0031
 def resampled_sums(
@@ -187,12 +225,18 @@ def extraction_scores(
     "Precision, recall and F1 of extracted findings with 95 % intervals."
     import pandas as pd
     groups, rows = list(map(str, range(len(predicted)))) if groups is None else list(groups), []
-    exact = lambda fs: {t for f in fs if f.excluded == excluded and (t := ontology.resolve(f.id)[0]) and is_phenotype(ontology, t)}
+    exact = lambda fs: {
+        t for f in fs if f.excluded == excluded and (t := ontology.resolve(f.id)[0]) and is_phenotype(ontology, t)
+    }
     above = lambda fs: {a for t in exact(fs) for a in ontology.ancestors(t) if is_phenotype(ontology, a)} - {PHENOTYPE}
     for kind, terms in (('exact', exact), ('with ancestors', above)):
         pairs = [(terms(p), terms(g)) for p, g in zip(predicted, gold, strict=True)]
         both, said, true = resampled_sums([(len(p & g), len(p), len(g)) for p, g in pairs], groups, bootstrap).T
-        for metric, v in (('precision', both/np.maximum(said, 1)), ('recall', both/np.maximum(true, 1)), ('F1', 2*both/np.maximum(said + true, 1))):
+        for metric, v in (
+            ('precision', both / np.maximum(said, 1)),
+            ('recall', both / np.maximum(true, 1)),
+            ('F1', 2 * both / np.maximum(said + true, 1)),
+        ):
             rows.append((kind, metric, v[0], *np.percentile(v[1:], [2.5, 97.5]), len(pairs), len(set(groups))))
     return pd.DataFrame(rows, columns=['terms', 'metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
@@ -200,25 +244,44 @@ def extraction_scores(
 def obographs(ontology: Ontology) -> dict:
     "The ontology as an OBO graph: names, exact synonyms, `is_a`."
     url = lambda t: f"http://purl.obolibrary.org/obo/{t.replace(':', '_')}"
-    nodes = [{'id': url(t), 'lbl': ontology.label(t), 'type': 'CLASS',
-              'meta': {'synonyms': [{'pred': 'hasExactSynonym', 'val': s} for s in ontology.synonyms(t)]}} for t in ontology.terms]
+    nodes = [
+        {
+            'id': url(t),
+            'lbl': ontology.label(t),
+            'type': 'CLASS',
+            'meta': {'synonyms': [{'pred': 'hasExactSynonym', 'val': s} for s in ontology.synonyms(t)]},
+        }
+        for t in ontology.terms
+    ]
     edges = [{'sub': url(t), 'pred': 'is_a', 'obj': url(p)} for t in ontology.terms for p in ontology.parents(t)]
-    return {'graphs': [{'id': 'http://purl.obolibrary.org/obo/hp.json', 'meta': {'version': f'http://purl.obolibrary.org/obo/hp/releases/{ontology.version}/hp.json'},
-                        'nodes': nodes, 'edges': edges}]}
+    return {
+        'graphs': [
+            {
+                'id': 'http://purl.obolibrary.org/obo/hp.json',
+                'meta': {'version': f'http://purl.obolibrary.org/obo/hp/releases/{ontology.version}/hp.json'},
+                'nodes': nodes,
+                'edges': edges,
+            }
+        ]
+    }
 
+# %% ../nbs/14_findings.ipynb #0038-1
 def fenominal_reader(
     ontology: Ontology,
     own_negation: bool = True,   # the library's negation; False: `judge` of this notebook
 ) -> Callable[[Sequence[str]], list[tuple[Finding, ...]]]:
     "A function that reads notes with fenominal."
-    try: from fenominal import Fenominal
-    except ImportError as e: raise InputError('the package fenominal is not installed', hint='pip install fenominal') from e
+    try:
+        from fenominal import Fenominal
+    except ImportError as e:
+        raise InputError('the package fenominal is not installed', hint='pip install fenominal') from e
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'hp.json').write_text(json.dumps(obographs(ontology)))
         miner = Fenominal(str(Path(d)/'hp.json'))
     def read(note):
         hits = json.loads(miner.map_text(note))
-        if not own_negation: return judge(note, [(h['termId'], h['span']['start'], h['span']['end']) for h in hits], ontology)
+        if not own_negation:
+            return judge(note, [(h['termId'], h['span']['start'], h['span']['end']) for h in hits], ontology)
         return tuple(Finding(h['termId'], h['label'], h['excluded']) for h in hits)
     return lambda notes: [read(n) for n in notes]
 
@@ -229,14 +292,23 @@ def fasthpocr_reader(
     negation: bool = True,  # `judge` of this notebook; False: everything counts as present
 ) -> Callable[[Sequence[str]], list[tuple[Finding, ...]]]:
     "A function that reads notes with FastHPOCR."
-    try: from FastHPOCR.HPOAnnotator import HPOAnnotator
-    except ImportError as e: raise InputError('the package FastHPOCR is not installed', hint='pip install fasthpocr pronto') from e
+    try:
+        from FastHPOCR.HPOAnnotator import HPOAnnotator
+    except ImportError as e:
+        raise InputError('the package FastHPOCR is not installed', hint='pip install fasthpocr pronto') from e
     if not Path(index).exists(): raise InputError('does not exist', file=index, hint='FastHPOCR.IndexHPO writes it')
     annotator = HPOAnnotator(str(index))
     def read(note):
-        hits = [(h.getHPOUri(), h.getStartOffset(), h.getEndOffset()) for h in annotator.annotate(note, longestMatch=True)]
+        hits = [
+            (h.getHPOUri(), h.getStartOffset(), h.getEndOffset()) for h in annotator.annotate(note, longestMatch=True)
+        ]
         hits = [(t, a, b) for t, a, b in hits if t in ontology]
-        return judge(note, hits, ontology) if negation else tuple(Finding(t, ontology.label(t)) for t in dict.fromkeys(t for t, _, _ in hits))
+        return (
+            judge(note, hits, ontology)
+            if negation
+            else tuple(Finding(t, ontology.label(t)) for t in dict.fromkeys(t for t, _, _ in hits))
+        )
+
     return lambda notes: [read(n) for n in notes]
 
 # %% ../nbs/14_findings.ipynb #0042
@@ -245,10 +317,12 @@ def is_tuning(case: Case) -> bool:
     return zlib.crc32(case.group.encode()) % 4 == 0
 
 def extraction_table(
-    cases: Sequence[Case],    # with notes
+    cases: Sequence[Case],  # with notes
     records: Sequence[Case],  # the same patients, with the findings on record; joined by id
     ontology: Ontology,
-    readers: dict[str, Callable[[Sequence[str]], Sequence]],   # name to a function from notes to findings, or to extractions
+    readers: dict[
+        str, Callable[[Sequence[str]], Sequence]
+    ],  # name to a function from notes to findings, or to extractions
     bootstrap: int = 2000,
 ) -> 'pd.DataFrame':          # method, findings ('present', 'absent'), terms, metric, value, lo, hi, n, groups
     "Extractors side by side on the notes that no rule was tuned on."
@@ -260,9 +334,18 @@ def extraction_table(
     for name, read in readers.items():
         found = [getattr(x, 'findings', x) for x in read([c.note for c in some])]
         for kind in ('present', 'absent'):
-            t = extraction_scores(found, [gold[c.id].phenotypes for c in some], ontology, [c.group for c in some], kind == 'absent', bootstrap)
+            t = extraction_scores(
+                found,
+                [gold[c.id].phenotypes for c in some],
+                ontology,
+                [c.group for c in some],
+                kind == 'absent',
+                bootstrap,
+            )
             out.append(t.assign(method=name, findings=kind))
-    return pd.concat(out, ignore_index=True)[['method', 'findings', 'terms', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
+    return pd.concat(out, ignore_index=True)[
+        ['method', 'findings', 'terms', 'metric', 'value', 'lo', 'hi', 'n', 'groups']
+    ]
 
 # %% ../nbs/14_findings.ipynb #0044
 def write_extraction(
@@ -275,12 +358,22 @@ def write_extraction(
     ontology = load_ontology()
     notes, records = (load_cases(Path(data)/f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip'))
     readers = {'dictionary': Extractor(ontology).extract}
-    if find_spec('fenominal'): readers |= {'fenominal': fenominal_reader(ontology), 'fenominal, our negation': fenominal_reader(ontology, False)}
-    if fasthpocr: readers |= {'FastHPOCR': fasthpocr_reader(ontology, fasthpocr, False), 'FastHPOCR, our negation': fasthpocr_reader(ontology, fasthpocr)}
+    if find_spec('fenominal'):
+        readers |= {
+            'fenominal': fenominal_reader(ontology),
+            'fenominal, our negation': fenominal_reader(ontology, False),
+        }
+    if fasthpocr:
+        readers |= {
+            'FastHPOCR': fasthpocr_reader(ontology, fasthpocr, False),
+            'FastHPOCR, our negation': fasthpocr_reader(ontology, fasthpocr),
+        }
     t = extraction_table(notes, records, ontology, readers, bootstrap).round(4)
     call = f"from mint_nb.findings import write_extraction; write_extraction(data, {str(out)!r}, {'index' if fasthpocr else None}, {bootstrap})"
     used = [f'{p} {version(p)}' for p in ('fenominal', 'fasthpocr') if find_spec({'fasthpocr': 'FastHPOCR'}.get(p, p))]
-    head = f"# {call}\n# data: folder with notes.jsonl.gz and phenopackets.zip; index: made by FastHPOCR.IndexHPO from the same hp.obo; HPO {ontology.version}; " \
-           f"95 % intervals by publication; tuning quarter left out; {', '.join([*(f'{k} {v}' for k, v in versions().items()), *used])}\n"
+    head = (
+        f"# {call}\n# data: folder with notes.jsonl.gz and phenopackets.zip; index: made by FastHPOCR.IndexHPO from the same hp.obo; HPO {ontology.version}; "
+        f"95 % intervals by publication; tuning quarter left out; {', '.join([*(f'{k} {v}' for k, v in versions().items()), *used])}\n"
+    )
     with atomic_path(out) as tmp: tmp.write_text(head + t.to_csv(index=False))
     return t

@@ -30,11 +30,14 @@ def fold_sources(
 ) -> list[Path]:             # a zip a fold, with a column `split`
     "The tiles again, once for each fold, with a table that says who is tested."
     tiles, files, out = load_tiles(source), tile_files(source), []
-    if not tiles.patients or 'labels.csv' not in files: raise InputError('names no patients, so it cannot be divided by patient', file=source)
+    if not tiles.patients or 'labels.csv' not in files:
+        raise InputError('names no patients, so it cannot be divided by patient', file=source)
     table = label_table(files['labels.csv'](), f'{Path(source).name}/labels.csv').drop(columns='fold', errors='ignore')
     sizes = {'train': len(tiles.cases) - 2*aside, 'calibration': aside, 'validation': aside}
     for n, (rest, test) in enumerate(folds_of(tiles.cases, folds, seed, 'tissue')):
-        split = {c.id: c.split for c in split_by_group([tiles.cases[i] for i in rest], sizes, seed, 'tissue')} | {tiles.cases[i].id: 'test' for i in test}
+        split = {c.id: c.split for c in split_by_group([tiles.cases[i] for i in rest], sizes, seed, 'tissue')} | {
+            tiles.cases[i].id: 'test' for i in test
+        }
         told = table.assign(split=[split.get(Path(f).with_suffix('').as_posix(), '') for f in table.file])
         with atomic_path(Path(folder)/f'fold-{n}.zip') as tmp, ZipFile(tmp, 'w') as z:
             z.writestr(ZipInfo('labels.csv'), told[told.split != ''].to_csv(index=False))
@@ -59,24 +62,54 @@ def fold_scores(
 
 # %% ../nbs/83_folds.ipynb #0013
 def run_folds(
-    source: Path | str,                 # zip or folder of tiles with patients
-    root: Path | str,                   # of the zips and run folders; go on in it by calling again
-    out: Optional[Path | str] = None,   # CSV
-    folds: int = 5, profile: str = 'laptop', methods: Sequence[str] = IN_FOLDS, seed: int = 0, aside: int = 19, workers: int = 0,
-    overrides: Optional[dict] = None,   # of the recipe, dotted names, for example {'train.epochs': 1}
+    source: Path | str,  # zip or folder of tiles with patients
+    root: Path | str,  # of the zips and run folders; go on in it by calling again
+    out: Optional[Path | str] = None,  # CSV
+    folds: int = 5,
+    profile: str = 'laptop',
+    methods: Sequence[str] = IN_FOLDS,
+    seed: int = 0,
+    aside: int = 19,
+    workers: int = 0,
+    overrides: Optional[dict] = None,  # of the recipe, dotted names, for example {'train.epochs': 1}
 ) -> pd.DataFrame:                      # method, against, accuracy, lo, hi, diff, diff_lo, diff_hi, tiles, patients
     "Run the pipeline in grouped folds and compare the methods over all patients."
     runs, asked, overrides = [], overrides, nest(overrides or {})
-    if clash := sorted({'task', 'methods', 'seeds'} & set(overrides)): raise InputError('is an argument of its own here', field=clash[0])
+    if clash := sorted({'task', 'methods', 'seeds'} & set(overrides)):
+        raise InputError('is an argument of its own here', field=clash[0])
     for z in fold_sources(source, root, folds, seed, aside):
         n = len(label_table(tile_files(z)['labels.csv'](), z))      # nobody is left out
         cohort = {'source': str(z.resolve()), 'train': n, 'test': n, 'calibration': aside, 'validation': aside}
-        runs.append(run_pipeline(Path(root)/z.stem, profile, {'task': 'tissue', 'methods': list(methods), 'seeds': [seed], **overrides, 'cohort': cohort | overrides.get('cohort', {})}, workers=workers))
+        runs.append(
+            run_pipeline(
+                Path(root) / z.stem,
+                profile,
+                {
+                    'task': 'tissue',
+                    'methods': list(methods),
+                    'seeds': [seed],
+                    **overrides,
+                    'cohort': cohort | overrides.get('cohort', {}),
+                },
+                workers=workers,
+            )
+        )
     scored = fold_scores(runs, methods)
-    t = pd.concat([compare_in_folds(scored, a).assign(against=a) for a in ('texture', 'sft', 'mint_wrong_image', 'chance') if a in methods], ignore_index=True)
-    t = t[t.method != t.against][['method', 'against', 'accuracy', 'lo', 'hi', 'diff', 'diff_lo', 'diff_hi', 'tiles', 'patients']]
-    head = f'# mint-nb folds --cases {Path(source).name} --folds {folds} --profile {Path(profile).name} --methods {",".join(methods)} --seed {seed} --aside {aside}{"".join(f" --set {k}={v}" for k, v in (asked or {}).items())}\n' \
-           f'# top-1 over all folds, 95 % intervals by patient; on {device_name()}; {", ".join(f"{k} {v}" for k, v in versions().items())}\n'
+    t = pd.concat(
+        [
+            compare_in_folds(scored, a).assign(against=a)
+            for a in ('texture', 'sft', 'mint_wrong_image', 'chance')
+            if a in methods
+        ],
+        ignore_index=True,
+    )
+    t = t[t.method != t.against][
+        ['method', 'against', 'accuracy', 'lo', 'hi', 'diff', 'diff_lo', 'diff_hi', 'tiles', 'patients']
+    ]
+    head = (
+        f'# mint-nb folds --cases {Path(source).name} --folds {folds} --profile {Path(profile).name} --methods {",".join(methods)} --seed {seed} --aside {aside}{"".join(f" --set {k}={v}" for k, v in (asked or {}).items())}\n'
+        f'# top-1 over all folds, 95 % intervals by patient; on {device_name()}; {", ".join(f"{k} {v}" for k, v in versions().items())}\n'
+    )
     if out:
         with atomic_path(out) as tmp: tmp.write_text(head + t.round(4).to_csv(index=False))
     return t

@@ -117,7 +117,8 @@ def rate(
     for _ in range(windows):
         n, start = 0, time.perf_counter()
         while (spent := time.perf_counter() - start) < seconds/windows or not n:
-            call(); n += 1
+            call()
+            n += 1
         found.append(n/spent)
     return statistics.median(found)
 
@@ -236,10 +237,17 @@ def lessons_of(
     return [Lesson(share, l.rejected, l.reference + l.kl, float(l.kl)) for share, l in losses]
 
 # %% ../nbs/71_forecast.ipynb #0038
-UPDATE, LAYER = .01, .001   # s of Python on the reference machine: of an update, and of each layer that a case passes in it
+UPDATE, LAYER = (
+    0.01,
+    0.001,
+)  # s of Python on the reference machine: of an update, and of each layer that a case passes in it
 PASS = .0021                # the same of a layer that a few tokens pass, without a gradient
 PASSES = 5.5                # numbers that the softmax goes through, for each logit: forward and gradient
-MOMENTS, CASTS = 8., 5.     # the same for each weight of the adapter: that the optimiser changes; in bfloat16 for each case
+MOMENTS, CASTS = (
+    8.0,
+    5.0,
+)  # the same for each weight of the adapter: that the optimiser changes; in bfloat16 for each case
+
 
 def added(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     "The sum of two amounts of work."
@@ -249,7 +257,10 @@ def frozen_work(p: Params, pair: bool, rejected: Optional[int] = None) -> dict[s
     "What it takes to compute the frozen layers for all training cases, once."
     w, n, texts = weights_of(p), p.cohort.train, 2 + pair*(p.pairs.n_rejected if rejected is None else rejected)
     layers = shape_of(p.student.model).layers - p.student.lora_layers
-    return dict.fromkeys(Speeds._fields, 0.) | {'train': n*row_tokens(p, pair, rejected)*w.lower, 'python': n*texts*layers*PASS}
+    return dict.fromkeys(Speeds._fields, 0.0) | {
+        'train': n * row_tokens(p, pair, rejected) * w.lower,
+        'python': n * texts * layers * PASS,
+    }
 
 # %% ../nbs/71_forecast.ipynb #0040
 def train_work(
@@ -258,7 +269,12 @@ def train_work(
     first: bool = True,   # nobody has computed the frozen layers before
 ) -> dict[str, float]:    # amounts, by the fields of `Speeds`
     "What training a student takes."
-    w, s, n, many = weights_of(p), shape_of(p.student.model), p.cohort.train, PAIR_SETS[RECIPES[method].pair_set].changes.get('n_rejected')
+    w, s, n, many = (
+        weights_of(p),
+        shape_of(p.student.model),
+        p.cohort.train,
+        PAIR_SETS[RECIPES[method].pair_set].changes.get('n_rejected'),
+    )
     cached = w.lower > 0 and (get_task(p.task).view != 'image' or p.vision.tune == 'none')
     below, top = (0., w.upper) if cached else (w.lower, w.upper)
     updates, lists = max(1, round(p.train.epochs*n/p.train.batch)), 1 + (many or p.pairs.n_rejected)
@@ -270,7 +286,9 @@ def train_work(
         looks = before*n + beside*cases                                   # forward passes only
         out['train'] += row*(cases*(2*(below + top) + 3*w.adapter) + looks*(below + top + w.adapter))
         out['train'] += w.head*read*(2*cases + looks)
-        out['elements'] += s.vocab*read*(PASSES*cases + 2*looks)/1e9 + w.adapter*(MOMENTS*steps + CASTS*in_bf16(p)*(cases + looks))
+        out['elements'] += s.vocab * read * (PASSES * cases + 2 * looks) / 1e9 + w.adapter * (
+            MOMENTS * steps + CASTS * in_bf16(p) * (cases + looks)
+        )
         out['python'] += steps*UPDATE + (cases + looks/3)*LAYER*min(s.layers, p.student.lora_layers or s.layers)
     if cached and first: out = added(out, frozen_work(p, any(x.pair for x in lessons_of(method)), many))
     return out
@@ -355,7 +373,8 @@ SCORE = .0016                                               # to score one, with
 def python_work(kind: str, p: Params, method: str = '') -> float:   # s on the reference machine
     "What the steps without large products take."
     n, c = p.cohort.train + p.cohort.calibration + p.cohort.validation + p.cohort.test, p.cohort
-    if kind == 'cohort': return n*CASE[get_task(p.task).view] + (SOURCE if c.source else 0.) + (SOURCE if c.test_source else 0.)
+    if kind == 'cohort':
+        return n * CASE[get_task(p.task).view] + (SOURCE if c.source else 0.0) + (SOURCE if c.test_source else 0.0)
     if kind == 'analysis': return c.test*len(p.methods)*len(p.seeds)*SCORE
     if kind == 'preferences': return c.train*.001
     name = next((k for k in RANK if method.startswith(k)), '')
@@ -443,7 +462,8 @@ def finish_times(
         while waiting or busy:
             ready = [j for j in waiting if j.needs not in names or j.needs in done]
             for j in ready[:(workers if together else 1) - len(busy)]:
-                busy[j.stage] = now + seconds[j.stage]; waiting.remove(j)
+                busy[j.stage] = now + seconds[j.stage]
+                waiting.remove(j)
             if not busy: return done | {j.stage: math.inf for j in waiting}      # it waits for itself
             stage = min(busy, key=lambda k: busy[k])
             now = done[stage] = busy.pop(stage)

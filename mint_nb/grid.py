@@ -42,9 +42,12 @@ class Grid(Section):
     methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     vary: dict[str, list[Any]] = Field(default_factory=dict)        # dotted name to its values
-    retries: int = Field(default=1, ge=0)                           # further attempts of a job that failed
-    cpus: int = Field(default=1, ge=1); gpus: float = 0.            # that a job takes
-    slurm: dict[str, Any] = Field(default_factory=dict)             # for submitit, for example {slurm_partition: gpu, timeout_min: 600}
+    retries: int = Field(default=1, ge=0)  # further attempts of a job that failed
+    cpus: int = Field(default=1, ge=1)
+    gpus: float = 0.0  # that a job takes
+    slurm: dict[str, Any] = Field(
+        default_factory=dict
+    )  # for submitit, for example {slurm_partition: gpu, timeout_min: 600}
 
 # %% ../nbs/74_grid.ipynb #0008
 def read_grid(
@@ -53,13 +56,22 @@ def read_grid(
     "Read a grid and refuse what could not be run."
     file = None if isinstance(source, dict) else Path(source)
     if file and not file.exists(): raise InputError('does not exist', file=file)
-    try: grid = Grid(**(source if file is None else read_yaml(file)))
+    try:
+        grid = Grid(**(source if file is None else read_yaml(file)))
     except ValidationError as e:
         first = e.errors()[0]
-        raise InputError(first['msg'].lower(), file=file, field='.'.join(map(str, first['loc'])), hint='see Grid in 74_grid') from e
+        raise InputError(
+            first['msg'].lower(), file=file, field='.'.join(map(str, first['loc'])), hint='see Grid in 74_grid'
+        ) from e
     for name, values in grid.vary.items():
-        if '.' not in name: raise InputError('is not a dotted name of a parameter', file=file, field=f'vary.{name}', hint='for example pairs.k')
-        if name in grid.overrides or not values: raise InputError('is fixed under overrides as well' if values else 'has no values', file=file, field=f'vary.{name}')
+        if '.' not in name:
+            raise InputError(
+                'is not a dotted name of a parameter', file=file, field=f'vary.{name}', hint='for example pairs.k'
+            )
+        if name in grid.overrides or not values:
+            raise InputError(
+                'is fixed under overrides as well' if values else 'has no values', file=file, field=f'vary.{name}'
+            )
     for m in grid.methods: get_method(m)
     for v in points(grid): resolve_params(grid.profile, {**grid.overrides, **v})
     return grid
@@ -71,7 +83,13 @@ def points(grid: Grid) -> list[dict]:   # dotted names to values
 
 # %% ../nbs/74_grid.ipynb #0014
 COHORT = ('task', 'cohort')
-SECTIONS = {'cohort': COHORT, 'upstream': (*COHORT, 'teacher'), 'preferences': (*COHORT, 'teacher', 'pairs'), 'align': (*COHORT, 'teacher', 'pairs', 'student', 'train')}
+SECTIONS = {
+    'cohort': COHORT,
+    'upstream': (*COHORT, 'teacher'),
+    'preferences': (*COHORT, 'teacher', 'pairs'),
+    'align': (*COHORT, 'teacher', 'pairs', 'student', 'train'),
+}
+
 
 def sections_of(stage: str, what: str = '') -> tuple[str, ...]:
     "Parameter sections that a job depends on, directly or through earlier stages."
@@ -99,21 +117,30 @@ class Job(NamedTuple):
     @property
     def entry(self) -> str:
         "Its name in the manifest."
-        return self.stage if self.stage == 'cohort' else f'{self.stage}/{self.what + "-" if self.what else ""}{self.seed}'
+        return (
+            self.stage if self.stage == 'cohort' else f'{self.stage}/{self.what + "-" if self.what else ""}{self.seed}'
+        )
+
     @property
     def name(self) -> str: return f'{self.folder}: {self.entry}'
 
 # %% ../nbs/74_grid.ipynb #0019
 def job_of(stage: str, values: dict, what: str = '', seed: int = 0) -> Job:
     "The job that a cell needs."
-    return Job(stage, what, 0 if stage == 'cohort' else seed, tuple(sorted(part(values, stage, what).items(), key=lambda kv: kv[0])))
+    return Job(
+        stage,
+        what,
+        0 if stage == 'cohort' else seed,
+        tuple(sorted(part(values, stage, what).items(), key=lambda kv: kv[0])),
+    )
 
 # %% ../nbs/74_grid.ipynb #0022
 def chain(method: str, seed: int, values: dict) -> list[Job]:
     "The jobs of one cell, in the order in which they need each other."
     model = method_name(method).model
     jobs = [job_of('cohort', values), job_of('upstream', values, seed=seed)]
-    if model in RECIPES: jobs += [job_of('preferences', values, RECIPES[method].pair_set, seed), job_of('align', values, model, seed)]
+    if model in RECIPES:
+        jobs += [job_of('preferences', values, RECIPES[method].pair_set, seed), job_of('align', values, model, seed)]
     return [*jobs, job_of('predict', values, method, seed)]
 
 def plan_grid(grid: Grid) -> dict[Job, Optional[Job]]:   # job to the one that must be done before
@@ -131,21 +158,32 @@ def _hashable(job: Job) -> Job:
     return job._replace(values=tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in job.values))
 
 # %% ../nbs/74_grid.ipynb #0028
-_KEPT = {'cohort': 'cases', 'upstream': 'upstream', 'preferences': 'preferences', 'align': 'align'}   # where a stage writes
+_KEPT = {
+    'cohort': 'cases',
+    'upstream': 'upstream',
+    'preferences': 'preferences',
+    'align': 'align',
+}  # where a stage writes
+
 
 def _link(at: Path, to: Path) -> None:
     "A relative link to a folder, which is made if it is missing."
-    to.mkdir(parents=True, exist_ok=True); at.parent.mkdir(parents=True, exist_ok=True)
+    to.mkdir(parents=True, exist_ok=True)
+    at.parent.mkdir(parents=True, exist_ok=True)
     if not at.is_symlink() and not at.exists(): at.symlink_to(os.path.relpath(to, at.parent))
 
 # %% ../nbs/74_grid.ipynb #0029
 def folder_of(job: Job, earlier: Sequence[Job], grid: Grid, root: Path) -> Run:
     "The run folder of a job, with what it shares with others."
-    params = resolve_params(grid.profile, {**grid.overrides, **dict(job.values), 'seeds': list(grid.seeds), 'methods': list(grid.methods)})
+    params = resolve_params(
+        grid.profile, {**grid.overrides, **dict(job.values), 'seeds': list(grid.seeds), 'methods': list(grid.methods)}
+    )
     run = Run(root/job.folder, params)
     if not (run/'params.yaml').exists():
-        with atomic_path(run/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
-    elif open_params(run.path) != params: raise InputError('belongs to another grid', file=run/'params.yaml', hint='choose a new folder')
+        with atomic_path(run / 'params.yaml') as tmp:
+            tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
+    elif open_params(run.path) != params:
+        raise InputError('belongs to another grid', file=run / 'params.yaml', hint='choose a new folder')
     have = {e['stage'] for e in run.manifest if e['status'] == 'done'}
     for e in (e for e in earlier if e.folder != job.folder):
         _link(run/_KEPT[e.stage], root/e.folder/_KEPT[e.stage])
@@ -159,8 +197,13 @@ def work(folder: str, stage: str, what: str, seed: int) -> None:
     "Do one job in its run folder."
     os.environ.setdefault('MINT_QUIET', '1')
     run, seed = Run(Path(folder), open_params(folder)), int(seed)
-    {'cohort': lambda: make_cohort(run), 'upstream': lambda: upstream(run, seed), 'preferences': lambda: preferences(run, seed, what),
-     'align': lambda: align(run, what, seed), 'predict': lambda: predict_method(run, what, seed)}[stage]()
+    {
+        'cohort': lambda: make_cohort(run),
+        'upstream': lambda: upstream(run, seed),
+        'preferences': lambda: preferences(run, seed, what),
+        'align': lambda: align(run, what, seed),
+        'predict': lambda: predict_method(run, what, seed),
+    }[stage]()
 
 # %% ../nbs/74_grid.ipynb #0036
 class Here:
@@ -188,7 +231,13 @@ class Local:
         "Start a process; its output goes to a file beside the run."
         log = folder/f'logs/{safe_name(job.entry.replace("/", "-"))}.txt'
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open('ab') as f: p = subprocess.Popen([sys.executable, '-c', _CALL, str(folder), job.stage, job.what, str(job.seed)], stdout=f, stderr=f, env=self.env)
+        with log.open('ab') as f:
+            p = subprocess.Popen(
+                [sys.executable, '-c', _CALL, str(folder), job.stage, job.what, str(job.seed)],
+                stdout=f,
+                stderr=f,
+                env=self.env,
+            )
         self.running.append(p)
         return p, log
     def ended(self, handle: Any) -> tuple[bool, str]:
@@ -196,7 +245,10 @@ class Local:
         p, log = handle
         if p.poll() is None: return False, ''
         lines = [l for l in log.read_text(errors='replace').splitlines() if l.strip()]
-        return True, '' if p.returncode == 0 else f'killed by signal {-p.returncode}' if p.returncode < 0 else lines[-1] if lines else f'exit code {p.returncode}'
+        return True, '' if p.returncode == 0 else f'killed by signal {-p.returncode}' if p.returncode < 0 else lines[
+            -1
+        ] if lines else f'exit code {p.returncode}'
+
     def close(self) -> None:
         for p in self.running:
             if p.poll() is None: p.terminate()
@@ -204,7 +256,8 @@ class Local:
 # %% ../nbs/74_grid.ipynb #0044
 def _need(package: str, what: str) -> None:
     "Say how to install an engine that is missing."
-    if find_spec(package) is None: raise InputError(f'{what} needs the package {package}', field='--on', hint='pip install "mint_nb[grid]"')
+    if find_spec(package) is None:
+        raise InputError(f'{what} needs the package {package}', field='--on', hint='pip install "mint_nb[grid]"')
 
 # %% ../nbs/74_grid.ipynb #0046
 PATIENCE = 300      # s that Ray's processes may take to start
@@ -239,19 +292,32 @@ class OnRay:
     "Jobs as Ray tasks."
     def __init__(self, grid: Grid, slots: int = 2, address: str = ''):
         _need('ray', 'a Ray grid')
-        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
+        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+        os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
         import ray
-        mine = {} if address else dict(num_cpus=slots*grid.cpus, include_dashboard=False, object_store_memory=100*2**20)   # jobs share files, not objects
+
+        mine = (
+            {}
+            if address
+            else dict(num_cpus=slots * grid.cpus, include_dashboard=False, object_store_memory=100 * 2**20)
+        )  # jobs share files, not objects
         start_ray(ray, address or 'local', mine)
         self.ray, self.slots = ray, slots if not address else 10**6      # a cluster queues by itself
         self.task = ray.remote(num_cpus=grid.cpus, num_gpus=grid.gpus, max_retries=0)(work)
-    def submit(self, folder: Path, job: Job) -> Any: return self.task.options(name=job.name).remote(str(folder), job.stage, job.what, job.seed)
+
+    def submit(self, folder: Path, job: Job) -> Any:
+        return self.task.options(name=job.name).remote(str(folder), job.stage, job.what, job.seed)
+
     def ended(self, handle: Any) -> tuple[bool, str]:
         "The exception of the task, in one line."
         if not self.ray.wait([handle], timeout=0)[0]: return False, ''
-        try: self.ray.get(handle); return True, ''
-        except self.ray.exceptions.RayTaskError as e: return True, f'{type(e.cause).__name__}: {e.cause}'
-        except self.ray.exceptions.RayError as e: return True, f'{type(e).__name__}: the worker was lost'
+        try:
+            self.ray.get(handle)
+            return True, ''
+        except self.ray.exceptions.RayTaskError as e:
+            return True, f'{type(e.cause).__name__}: {e.cause}'
+        except self.ray.exceptions.RayError as e:
+            return True, f'{type(e).__name__}: the worker was lost'
     def close(self) -> None: self.ray.shutdown()
 
 # %% ../nbs/74_grid.ipynb #0052
@@ -260,12 +326,26 @@ class OnSlurm:
     def __init__(self, grid: Grid, root: Path, slots: int = 2):
         _need('submitit', 'a Slurm grid')
         import submitit
-        settings = {'timeout_min': 600, 'cpus_per_task': grid.cpus, **({'gpus_per_node': int(-(-grid.gpus//1))} if grid.gpus else {}), **grid.slurm}
+
+        settings = {
+            'timeout_min': 600,
+            'cpus_per_task': grid.cpus,
+            **({'gpus_per_node': int(-(-grid.gpus // 1))} if grid.gpus else {}),
+            **grid.slurm,
+        }
         cluster = settings.pop('cluster', 'slurm')
-        try: self.executor = submitit.AutoExecutor(folder=str(root/'slurm'), cluster=cluster)
-        except (RuntimeError, ValueError) as e: raise InputError(f'there is no Slurm here: {e}', field='--on', hint='run it on a login node, or set slurm: {cluster: local} in the grid') from e
-        try: self.executor.update_parameters(**settings)
-        except (NameError, TypeError, AssertionError) as e: raise InputError(f'submitit refuses it: {e}', field='slurm') from e
+        try:
+            self.executor = submitit.AutoExecutor(folder=str(root / 'slurm'), cluster=cluster)
+        except (RuntimeError, ValueError) as e:
+            raise InputError(
+                f'there is no Slurm here: {e}',
+                field='--on',
+                hint='run it on a login node, or set slurm: {cluster: local} in the grid',
+            ) from e
+        try:
+            self.executor.update_parameters(**settings)
+        except (NameError, TypeError, AssertionError) as e:
+            raise InputError(f'submitit refuses it: {e}', field='slurm') from e
         self.slots = slots if cluster == 'local' else 10**6
     def close(self) -> None: pass      # jobs of a cluster outlive this process; the same command finds them done
 
@@ -274,8 +354,13 @@ class OnSlurm:
 def submit(self: OnSlurm, folder: Path, job: Job) -> Any:
     "Put a job into the queue."
     from submitit.core.utils import FailedSubmissionError
-    try: return self.executor.submit(work, str(folder), job.stage, job.what, job.seed)
-    except FailedSubmissionError as e: raise InputError(f'sbatch refuses the job: {str(e).strip().splitlines()[-1]}', field='slurm', hint='what is done stays done') from e
+    try:
+        return self.executor.submit(work, str(folder), job.stage, job.what, job.seed)
+    except FailedSubmissionError as e:
+        raise InputError(
+            f'sbatch refuses the job: {str(e).strip().splitlines()[-1]}', field='slurm', hint='what is done stays done'
+        ) from e
+
 
 @patch
 def ended(self: OnSlurm, handle: Any) -> tuple[bool, str]:
@@ -290,9 +375,15 @@ ENGINES = ('local', 'ray', 'slurm', 'here')
 
 def engine_for(on: str, grid: Grid, root: Path, workers: int = 2, address: str = '') -> Any:
     "The engine that a name stands for."
-    if on not in ENGINES: raise InputError(f'there is no such engine; there are {", ".join(ENGINES)}', field='--on', record=on)
+    if on not in ENGINES:
+        raise InputError(f'there is no such engine; there are {", ".join(ENGINES)}', field='--on', record=on)
     if address and on != 'ray': raise InputError('belongs to --on ray', field='--address', record=address)
-    return {'here': Here, 'local': lambda: Local(grid, workers), 'ray': lambda: OnRay(grid, workers, address), 'slurm': lambda: OnSlurm(grid, root, workers)}[on]()
+    return {
+        'here': Here,
+        'local': lambda: Local(grid, workers),
+        'ray': lambda: OnRay(grid, workers, address),
+        'slurm': lambda: OnSlurm(grid, root, workers),
+    }[on]()
 
 # %% ../nbs/74_grid.ipynb #0057
 class Ending(NamedTuple):
@@ -314,21 +405,37 @@ def next_jobs(
     return start, never
 
 # %% ../nbs/74_grid.ipynb #0060
-def try_jobs(grid: Grid, root: Path, engine: Any, say: Callable[[str], Any] = print, every: float = .2) -> dict[Job, Ending]:
+def try_jobs(
+    grid: Grid, root: Path, engine: Any, say: Callable[[str], Any] = print, every: float = 0.2
+) -> dict[Job, Ending]:
     "Run every job of a grid, with retries; returns how each ended."
     plan, ended, running, attempts = plan_grid(grid), {}, {}, Counter()
     runs = lambda j: folder_of(j, before(plan, j), grid, root)
     def finish(job: Job, ending: Ending, seconds: float = 0.):
         ended[job] = ending
-        say(f'[{len(ended):3}/{len(plan)}] {job.name:48} ' + (f'{ending.state}, {minutes(seconds)}' if ending.attempts else 'done before' if ending.state == 'done' else ending.state)
-            + (f' after {ending.attempts} attempts' if ending.attempts > 1 else '') + (f': {ending.error}' if ending.error else ''))
+        say(
+            f'[{len(ended):3}/{len(plan)}] {job.name:48} '
+            + (
+                f'{ending.state}, {minutes(seconds)}'
+                if ending.attempts
+                else 'done before'
+                if ending.state == 'done'
+                else ending.state
+            )
+            + (f' after {ending.attempts} attempts' if ending.attempts > 1 else '')
+            + (f': {ending.error}' if ending.error else '')
+        )
+
     while len(ended) < len(plan):
         start, never = next_jobs(plan, ended, list(running))
         for job, ending in never.items(): finish(job, ending)
         for job in start[:max(0, engine.slots - len(running))]:
             run = runs(job)
-            if not attempts[job] and stage_done(run, job.entry): finish(job, Ending('done')); continue
-            attempts[job] += 1; running[job] = (run, engine.submit(run.path.resolve(), job), time.time())
+            if not attempts[job] and stage_done(run, job.entry):
+                finish(job, Ending('done'))
+                continue
+            attempts[job] += 1
+            running[job] = (run, engine.submit(run.path.resolve(), job), time.time())
         for job, (run, handle, began) in list(running.items()):
             over, error = engine.ended(handle)
             if not over: continue
@@ -347,8 +454,14 @@ def before(plan: dict[Job, Optional[Job]], job: Job) -> list[Job]:
 def attempt_state(run: Run, job: Job, error: str, attempt: int, began: float, root: Path) -> Ending:
     "How an attempt ended, by the manifest; written down."
     done = stage_done(run, job.entry) is not None
-    line = {'job': job.name, 'attempt': attempt, 'state': 'done' if done else 'failed', 'seconds': round(time.time() - began, 1),
-            'error': '' if done else error or 'ended without its result', 'time': time.strftime('%Y-%m-%dT%H:%M:%S')}
+    line = {
+        'job': job.name,
+        'attempt': attempt,
+        'state': 'done' if done else 'failed',
+        'seconds': round(time.time() - began, 1),
+        'error': '' if done else error or 'ended without its result',
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S'),
+    }
     with (root/'attempts.jsonl').open('a') as f: f.write(json.dumps(line) + '\n')
     return Ending(line['state'], attempt, line['error'])
 
@@ -368,9 +481,21 @@ def cell_scores(grid: Grid, root: Path, method: str, seed: int, values: dict) ->
     at = lambda *a: (j := _hashable(job_of(*a))) and Run(root/j.folder, p)
     home, label = at('cohort', values), get_task(p.task).label
     cases, catalogue = home.cases('test'), home.catalogue
-    held, (k, q) = teacher_rankings(at('upstream', values, '', seed), seed, 'heldout'), list_sizes(len(catalogue), p.pairs.k, p.pairs.q)
+    held, (k, q) = (
+        teacher_rankings(at('upstream', values, '', seed), seed, 'heldout'),
+        list_sizes(len(catalogue), p.pairs.k, p.pairs.q),
+    )
     answers = {(method, seed): read_table(at('predict', values, method, seed)/f'predictions/{method}-{seed}.parquet')}
-    return score_methods(answers, cases, catalogue, label, {seed: held[held.case_id.isin([c.id for c in cases])]}, k=k, q=q, scoring=p.analysis.scoring)
+    return score_methods(
+        answers,
+        cases,
+        catalogue,
+        label,
+        {seed: held[held.case_id.isin([c.id for c in cases])]},
+        k=k,
+        q=q,
+        scoring=p.analysis.scoring,
+    )
 
 # %% ../nbs/74_grid.ipynb #0069
 def grid_table(grid: Grid, root: Path, ended: dict[Job, Ending]) -> pd.DataFrame:
@@ -379,7 +504,12 @@ def grid_table(grid: Grid, root: Path, ended: dict[Job, Ending]) -> pd.DataFrame
     for v, m in itertools.product(points(grid), grid.methods):
         how = {s: ended[_hashable(job_of('predict', v, m, s))] for s in grid.seeds}
         good = [s for s in grid.seeds if how[s].state == 'done']
-        if good: parts.append(results_table(pd.concat([cell_scores(grid, root, m, s, v) for s in good]), keep).assign(state='done', error='', **v))
+        if good:
+            parts.append(
+                results_table(pd.concat([cell_scores(grid, root, m, s, v) for s in good]), keep).assign(
+                    state='done', error='', **v
+                )
+            )
         bad = [dict(method=m, seed=s, state=how[s].state, error=how[s].error, **v) for s in grid.seeds if s not in good]
         if bad: parts.append(pd.DataFrame(bad))
     return pd.concat(parts, ignore_index=True).reindex(columns=['method', 'seed', *grid.vary, *_COLUMNS])
@@ -393,12 +523,23 @@ def grid_wide(table: pd.DataFrame, metrics: Sequence[str] = ('top1', 'top5', 'to
     rows = []
     for key, t in table.groupby(names, sort=False, dropna=False):
         done = t[t.state == 'done']
-        best, seeds = done[done.seed == (-1 if (done.seed == -1).any() else done.seed.max())], sorted(s for s in done.seed.unique() if s != -1)
+        best, seeds = (
+            done[done.seed == (-1 if (done.seed == -1).any() else done.seed.max())],
+            sorted(s for s in done.seed.unique() if s != -1),
+        )
         lost = t[t.state != 'done']
-        rows.append(dict(zip(names, key)) | {'seeds': len(seeds), **{r.metric: f'{100*r.value:.1f}' for r in best.itertuples() if r.metric in metrics},
-                                             'missing': '; '.join(f'seed {r.seed} {r.state}: {r.error}'[:90] for r in lost.itertuples())})
+        rows.append(
+            dict(zip(names, key))
+            | {
+                'seeds': len(seeds),
+                **{r.metric: f'{100 * r.value:.1f}' for r in best.itertuples() if r.metric in metrics},
+                'missing': '; '.join(f'seed {r.seed} {r.state}: {r.error}'[:90] for r in lost.itertuples()),
+            }
+        )
     shown = pd.DataFrame(rows).fillna('')
-    return shown[[*names, 'seeds', *[m for m in metrics if m in shown], *(['missing'] if (shown.missing != '').any() else [])]]
+    return shown[
+        [*names, 'seeds', *[m for m in metrics if m in shown], *(['missing'] if (shown.missing != '').any() else [])]
+    ]
 
 # %% ../nbs/74_grid.ipynb #0072
 def run_grid(
@@ -411,7 +552,8 @@ def run_grid(
 ) -> tuple[pd.DataFrame, dict[Job, Ending]]:   # the table, also written; how each job ended
     "Run a grid, or go on with it."
     grid, root = read_grid(source), Path(root).resolve()
-    with atomic_path(root/'grid.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(grid.model_dump_json()), sort_keys=False))
+    with atomic_path(root / 'grid.yaml') as tmp:
+        tmp.write_text(yaml.safe_dump(json.loads(grid.model_dump_json()), sort_keys=False))
     engine = engine_for(on, grid, root, workers, address)
     say(f'{root}: {len(points(grid))*len(grid.methods)*len(grid.seeds)} cells, {len(plan_grid(grid))} jobs, on {on}')
     try: ended = try_jobs(grid, root, engine, say)

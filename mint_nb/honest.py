@@ -33,23 +33,44 @@ def command_of(run: Run, part: Optional[dict[str, Sequence[str]]] = None) -> str
     "The command that makes a run again; what differs from its profile is spelt out."
     p, plain = run.params, resolve_params(run.params.profile, {})
     own, usual = p.cohort.model_dump(mode='json'), plain.cohort.model_dump(mode='json')
-    said = [f' --out runs/{run.path.name}', f' --profile {p.profile}'*(p.profile != 'calibration'), ' --cases phenopackets.zip'*bool(p.cohort.source)]
-    if part: said.append(f" --methods {','.join(part)} --treatments {','.join(dict.fromkeys(t for ts in part.values() for t in ts))}")
+    said = [
+        f' --out runs/{run.path.name}',
+        f' --profile {p.profile}' * (p.profile != 'calibration'),
+        ' --cases phenopackets.zip' * bool(p.cohort.source),
+    ]
+    if part:
+        said.append(
+            f" --methods {','.join(part)} --treatments {','.join(dict.fromkeys(t for ts in part.values() for t in ts))}"
+        )
     if p.seeds != plain.seeds: said.append(f" --seeds {','.join(map(str, p.seeds))}")
-    return 'mint-nb calibrate' + ''.join(said) + ''.join(f' --set cohort.{k}={v}' for k, v in own.items() if v != usual[k] and k != 'source')
+    return (
+        'mint-nb calibrate'
+        + ''.join(said)
+        + ''.join(f' --set cohort.{k}={v}' for k, v in own.items() if v != usual[k] and k != 'source')
+    )
 
+# %% ../nbs/88_honest.ipynb #0007-1
 def write_results(
     run: Run, name: str, out: Optional[Path] = None,
     part: Optional[dict[str, Sequence[str]]] = None,   # of the grid; None: all of it
 ) -> list[Path]:
     "Copy the tables of a run, with what they come from."
     written, p, seeds = [], run.params, sorted(set(pd.read_parquet(run/'analysis/calibration.parquet').seed) - {-1})
-    spent = sum({e['stage']: e['seconds'] for e in run.manifest if e['status'] == 'done'}.values())     # of a stage that ran again, the last
-    head = f"# {command_of(run, part)}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, seeds))}, " \
-           f"stages {spent/60:.0f} min in all, some side by side, on {device_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
+    spent = sum(
+        {e['stage']: e['seconds'] for e in run.manifest if e['status'] == 'done'}.values()
+    )  # of a stage that ran again, the last
+    head = (
+        f"# {command_of(run, part)}\n# profile {p.profile}, student {p.student.model}, seeds {', '.join(map(str, seeds))}, "
+        f"stages {spent / 60:.0f} min in all, some side by side, on {device_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
+    )
     for table in (t for t in TABLES if (run/f'analysis/{t}.parquet').exists()):
         t, file = pd.read_parquet(run/f'analysis/{table}.parquet'), (out or results_home())/f'{name}-{table}.csv'
-        if table == 'calibration': t = t[(t.seed == -1) | (t.seed.nunique() == 1) | t.metric.isin(['accuracy', 'ece', 'ece_debiased']) & (t.part == 'test')]
+        if table == 'calibration':
+            t = t[
+                (t.seed == -1)
+                | (t.seed.nunique() == 1)
+                | t.metric.isin(['accuracy', 'ece', 'ece_debiased']) & (t.part == 'test')
+            ]
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as tmp: tmp.write_text(head + t.round(5).to_csv(index=False))
         written.append(file)
@@ -58,7 +79,13 @@ def write_results(
 # %% ../nbs/88_honest.ipynb #0008
 class Found(NamedTuple):
     "The results of one cohort."
-    head: list[str]; table: pd.DataFrame; differences: pd.DataFrame; bins: pd.DataFrame; problem: Optional[pd.DataFrame]   # None: not run
+
+    head: list[str]
+    table: pd.DataFrame
+    differences: pd.DataFrame
+    bins: pd.DataFrame
+    problem: Optional[pd.DataFrame]  # None: not run
+
 
 def read_results(name: str, folder: Optional[Path] = None) -> Found:
     "Read what `write_results` wrote."
@@ -69,13 +96,29 @@ def read_results(name: str, folder: Optional[Path] = None) -> Found:
     return Found(head, *(pd.read_csv(f, comment='#') if f.exists() else None for f in files))
 
 # %% ../nbs/88_honest.ipynb #0014
-TREATED = {'none': 'none', 'temperature': 'temperature', 'smoothing': 'label smoothing', 'cft': 'CFT', 'rcft': 'RCFT', 'rcft_answer': 'RCFT, answer only',
-           'rcft_answer_temperature': 'RCFT, answer only, then temperature'}
-SHOWN = {'accuracy': 'top 1, %', 'confidence': 'confidence, %', 'ece': 'ECE, %', 'ece_debiased': 'debiased ECE, %', 'auroc': 'AUROC, %'}
+TREATED = {
+    'none': 'none',
+    'temperature': 'temperature',
+    'smoothing': 'label smoothing',
+    'cft': 'CFT',
+    'rcft': 'RCFT',
+    'rcft_answer': 'RCFT, answer only',
+    'rcft_answer_temperature': 'RCFT, answer only, then temperature',
+}
+SHOWN = {
+    'accuracy': 'top 1, %',
+    'confidence': 'confidence, %',
+    'ece': 'ECE, %',
+    'ece_debiased': 'debiased ECE, %',
+    'auroc': 'AUROC, %',
+}
+
 
 def called(method: str) -> str:
     "A method's name in tables."
-    return {'mint_cal': 'MINT with calibration loss', 'mint_cal_late': 'MINT with calibration loss, late'}.get(method) or look(method).label
+    return {'mint_cal': 'MINT with calibration loss', 'mint_cal_late': 'MINT with calibration loss, late'}.get(
+        method
+    ) or look(method).label
 
 # %% ../nbs/88_honest.ipynb #0015
 def pooled(t: pd.DataFrame, form: str = 'names', part: str = 'test') -> pd.DataFrame:
@@ -95,16 +138,24 @@ def calibration_markdown(
         v, lo, hi = t.loc[(m, r, k), ['value', 'lo', 'hi']].to_numpy().ravel()[:3]
         return interval_text(v, lo, hi) if columns[k].endswith('%') else f'{v:.1f} ({lo:.1f} to {hi:.1f})'
     rows = [f"| {called(m)} | {TREATED[r]} | {' | '.join(text(m, r, k) for k in columns)} |" for m, r in cells]
-    return '\n'.join([f"| method | treatment | {' | '.join(columns.values())} |", '|---|---|' + '---:|'*len(columns), *rows])
+    return '\n'.join(
+        [f"| method | treatment | {' | '.join(columns.values())} |", '|---|---|' + '---:|' * len(columns), *rows]
+    )
 
 # %% ../nbs/88_honest.ipynb #0019
-LISTED = {f'{k}, {kind}': f'{kind}: {label}' for kind in ('APS', 'RAPS') for k, label in (('coverage of lists', 'coverage, %'), ('answers a list', 'answers a list'))}
+LISTED = {
+    f'{k}, {kind}': f'{kind}: {label}'
+    for kind in ('APS', 'RAPS')
+    for k, label in (('coverage of lists', 'coverage, %'), ('answers a list', 'answers a list'))
+}
 PARTS = {'test': 'as in training', 'same': 'the same patients', 'style': 'other style', 'unseen': 'unseen diseases'}
 
 def parts_markdown(t: pd.DataFrame) -> str:
     "Accuracy and debiased ECE of every cell, inside and outside the training distribution."
     t = t[t.part.isin(PARTS)]
-    columns = {f'{k}, {p}': f'{PARTS[p]}: {SHOWN[k]}' for k in ('accuracy', 'ece_debiased') for p in PARTS if p in set(t.part)}
+    columns = {
+        f'{k}, {p}': f'{PARTS[p]}: {SHOWN[k]}' for k in ('accuracy', 'ece_debiased') for p in PARTS if p in set(t.part)
+    }
     return calibration_markdown(t.assign(metric=t.metric + ', ' + t.part, part='test'), columns=columns)
 
 # %% ../nbs/88_honest.ipynb #0021
@@ -115,16 +166,34 @@ def reliability_figure(
     cohort: str,                        # footer
 ) -> Figure:
     "Reliability diagrams with counts; the grey text is the ECE and what an honest model would show."
-    fig, axes = plt.subplots(2, len(cells), figsize=(2.6*len(cells) + .6, 3.6), sharex=True, sharey='row', height_ratios=[3, 1], squeeze=False)
+    fig, axes = plt.subplots(
+        2,
+        len(cells),
+        figsize=(2.6 * len(cells) + 0.6, 3.6),
+        sharex=True,
+        sharey='row',
+        height_ratios=[3, 1],
+        squeeze=False,
+    )
     t = pooled(found.table).set_index(['method', 'treatment', 'metric']).value
     for ax, low, (m, r) in zip(*axes, cells):
         b = found.bins[(found.bins.method == m) & (found.bins.treatment == r)]
         ax.plot([0, 1], [0, 1], color='#9ca3af', lw=1)
         ax.plot(b.confidence, b.accuracy, 'o-', color=look(m).colour, ms=5, mec='white')
-        ax.text(.04, .93, f"ECE {100*t[m, r, 'ece']:.1f}\nhonest: {100*b.band_lo.iloc[0]:.1f} to {100*b.band_hi.iloc[0]:.1f}", transform=ax.transAxes, va='top', fontsize=8, color='#6b7280')
+        ax.text(
+            0.04,
+            0.93,
+            f"ECE {100 * t[m, r, 'ece']:.1f}\nhonest: {100 * b.band_lo.iloc[0]:.1f} to {100 * b.band_hi.iloc[0]:.1f}",
+            transform=ax.transAxes,
+            va='top',
+            fontsize=8,
+            color='#6b7280',
+        )
         ax.set(title=f'{called(m)}\n{TREATED[r]}', xlim=(0, 1), ylim=(0, 1))
-        low.bar((b['bin'] + .5)/10, b.n, width=.09, color=look(m).colour, alpha=.5); low.set(xlabel='confidence')
-    axes[0][0].set(ylabel='accuracy'); axes[1][0].set(ylabel='cases, all seeds')
+        low.bar((b['bin'] + 0.5) / 10, b.n, width=0.09, color=look(m).colour, alpha=0.5)
+        low.set(xlabel='confidence')
+    axes[0][0].set(ylabel='accuracy')
+    axes[1][0].set(ylabel='cases, all seeds')
     return fig
 
 # %% ../nbs/88_honest.ipynb #0023
@@ -137,13 +206,23 @@ def regime_figure(
     fig, ax = plt.subplots(figsize=(7.4, 3.8))
     a = np.linspace(0, 1, 101)
     b = ece_bounds(a, np.maximum(a, 1/options), options)
-    ax.fill_between(a, b.least, b.upper, color='#f3f4f6'); ax.plot(a, 1 - a, color='#9ca3af', lw=1, ls=(0, (4, 3)))
+    ax.fill_between(a, b.least, b.upper, color='#f3f4f6')
+    ax.plot(a, 1 - a, color='#9ca3af', lw=1, ls=(0, (4, 3)))
     ax.text(.5, .53, 'sure of everything: 1 − accuracy', fontsize=8, color='#6b7280')
     t = pooled(found.table).set_index(['method', 'treatment', 'metric']).value
     marks = dict(zip(TREATED, 'osD^vPX'))
     for m, r in dict.fromkeys((m, r) for m, r, _ in t.index if r in TREATED and (m, r, 'ece') in t.index):
-        ax.plot(t[m, r, 'accuracy'], t[m, r, 'ece'], marks[r], color=look(m).colour, ms=7, mec='white', label=f'{called(m)}, {TREATED[r]}')
-    ax.set(xlabel='accuracy', ylabel='ECE', xlim=(0, 1), ylim=(0, 1)); fig.legend(loc='outside right center', fontsize=7)
+        ax.plot(
+            t[m, r, 'accuracy'],
+            t[m, r, 'ece'],
+            marks[r],
+            color=look(m).colour,
+            ms=7,
+            mec='white',
+            label=f'{called(m)}, {TREATED[r]}',
+        )
+    ax.set(xlabel='accuracy', ylabel='ECE', xlim=(0, 1), ylim=(0, 1))
+    fig.legend(loc='outside right center', fontsize=7)
     return fig
 
 # %% ../nbs/88_honest.ipynb #0026
@@ -155,15 +234,21 @@ def problem_figure(
     "Confidence and accuracy over training, and over beta and epochs; the band holds 80 % of the cases."
     steps, other = t[t.kind == 'updates'], t[t.kind == 'parameter']
     methods = list(dict.fromkeys(steps.method))
-    fig, axes = plt.subplots(1, len(methods) + 1, figsize=(2.7*len(methods) + 3.4, 3), sharey=True, width_ratios=[1]*len(methods) + [1.3])
+    fig, axes = plt.subplots(
+        1, len(methods) + 1, figsize=(2.7 * len(methods) + 3.4, 3), sharey=True, width_ratios=[1] * len(methods) + [1.3]
+    )
     for ax, m in zip(axes, methods):
         g = steps[steps.method == m].assign(at=lambda g: g.what.astype(int)).sort_values('at')
         ax.fill_between(g['at'], g.low, g.high, color=look(m).colour, alpha=.15)
-        ax.plot(g['at'], g.confidence, color=look(m).colour, label='confidence'); ax.plot(g['at'], g.accuracy, color='#111827', ls=(0, (4, 3)), label='accuracy')
+        ax.plot(g['at'], g.confidence, color=look(m).colour, label='confidence')
+        ax.plot(g['at'], g.accuracy, color='#111827', ls=(0, (4, 3)), label='accuracy')
         ax.set(title=called(m), xlabel='updates', ylim=(0, 1))
     x = range(len(other))
-    axes[-1].vlines(x, other.low, other.high, color=look('mint').colour, alpha=.3, lw=6); axes[-1].plot(x, other.confidence, 'o', color=look('mint').colour)
-    axes[-1].plot(x, other.accuracy, '_', color='#111827', ms=14); axes[-1].set(title='MINT, one parameter changed'); axes[-1].set_xticks(x, other.what, rotation=40, ha='right')
+    axes[-1].vlines(x, other.low, other.high, color=look('mint').colour, alpha=0.3, lw=6)
+    axes[-1].plot(x, other.confidence, 'o', color=look('mint').colour)
+    axes[-1].plot(x, other.accuracy, '_', color='#111827', ms=14)
+    axes[-1].set(title='MINT, one parameter changed')
+    axes[-1].set_xticks(x, other.what, rotation=40, ha='right')
     axes[0].legend(loc='upper left', fontsize=8)
     return fig
 
@@ -184,7 +269,9 @@ def chosen(found: Found) -> tuple[str, str]:   # method, treatment
     return min((c for c in TREATING if c in nll.index), key=lambda c: nll[c])
 
 # %% ../nbs/88_honest.ipynb #0034
-def judged(x: pd.Series, metric: str, bound: Optional[float]) -> str:   # lo, hi -> 'yes', 'no' or 'not shown'; '' without a bound
+def judged(
+    x: pd.Series, metric: str, bound: Optional[float]
+) -> str:  # lo, hi -> 'yes', 'no' or 'not shown'; '' without a bound
     "A claim that a difference is below a bound (for accuracy: above), by its interval and never by the estimate alone."
     if bound is None: return ''
     lo, hi = (x.lo - bound, x.hi - bound) if metric != 'accuracy' else (bound - x.hi, bound - x.lo)
@@ -192,24 +279,57 @@ def judged(x: pd.Series, metric: str, bound: Optional[float]) -> str:   # lo, hi
 
 # %% ../nbs/88_honest.ipynb #0036
 def primary_outcome(
-    found: Found, loss: float = .02,
-    cell: Optional[tuple[str, str]] = None,   # method and treatment; None: the chosen one
-    margin: Optional[float] = None,           # of the second claim, in the confirmation's plan, which judges the scores, too
+    found: Found,
+    loss: float = 0.02,
+    cell: Optional[tuple[str, str]] = None,  # method and treatment; None: the chosen one
+    margin: Optional[float] = None,  # of the second claim, in the confirmation's plan, which judges the scores, too
 ) -> pd.DataFrame:       # claim, diff, lo, hi, holds, n, groups, seeds
     "The claims of the plan about a treatment, each with its paired difference on test cases."
     m, r = cell or chosen(found)
-    d = found.differences[(found.differences.method == m) & (found.differences.treatment == r)].set_index(['against', 'metric'])
-    claims = (('debiased ECE below that of MINT', 'mint + none', 'ece_debiased', 0.), (f'debiased ECE {f"at most {100*margin:.0f} points" if margin else "not"} above that of MINT with temperature scaling', 'mint + temperature', 'ece_debiased', margin or 0.),
-              (f'top 1 at most {100*loss:.0f} points below that of MINT', 'mint + none', 'accuracy', -loss),
-              *((f'{label} score {"below" if margin else "beside"} that of {name} (no bins)', a, k, 0. if margin else None) for k, label in (('brier', 'Brier'), ('nll', 'log')) for a, name in (('mint + none', 'MINT'), ('mint + temperature', 'MINT with temperature scaling'))))
-    rows = [(what, x['diff'], x.lo, x.hi, judged(x, k, bound), x.n, x.groups, x.seeds) for what, a, k, bound in claims for x in [d.loc[(a, k)]]]
+    d = found.differences[(found.differences.method == m) & (found.differences.treatment == r)].set_index(
+        ['against', 'metric']
+    )
+    claims = (
+        ('debiased ECE below that of MINT', 'mint + none', 'ece_debiased', 0.0),
+        (
+            f'debiased ECE {f"at most {100 * margin:.0f} points" if margin else "not"} above that of MINT with temperature scaling',
+            'mint + temperature',
+            'ece_debiased',
+            margin or 0.0,
+        ),
+        (f'top 1 at most {100 * loss:.0f} points below that of MINT', 'mint + none', 'accuracy', -loss),
+        *(
+            (f'{label} score {"below" if margin else "beside"} that of {name} (no bins)', a, k, 0.0 if margin else None)
+            for k, label in (('brier', 'Brier'), ('nll', 'log'))
+            for a, name in (('mint + none', 'MINT'), ('mint + temperature', 'MINT with temperature scaling'))
+        ),
+    )
+    rows = [
+        (what, x['diff'], x.lo, x.hi, judged(x, k, bound), x.n, x.groups, x.seeds)
+        for what, a, k, bound in claims
+        for x in [d.loc[(a, k)]]
+    ]
     return pd.DataFrame(rows, columns=['claim', 'diff', 'lo', 'hi', 'holds', 'n', 'groups', 'seeds'])
 
 # %% ../nbs/88_honest.ipynb #0038
-def primary_markdown(found: Found, cell: Optional[tuple[str, str]] = None, margin: Optional[float] = None) -> str:   # cell: None for the chosen one
+def primary_markdown(
+    found: Found, cell: Optional[tuple[str, str]] = None, margin: Optional[float] = None
+) -> str:  # cell: None for the chosen one
     "The claims of a plan and what became of them."
     m, r = cell or chosen(found)
-    t, why = primary_outcome(found, cell=cell, margin=margin), 'Planned before this run' if margin else 'Not in the plan' if cell else 'Chosen on validation cases'
-    rows = [f"| {x.claim} | {100*x['diff']:+.1f} ({100*x.lo:+.1f} to {100*x.hi:+.1f}) | {x.holds} |" for _, x in t.iterrows()]
-    return '\n'.join([f"{why}: **{called(m)}, {TREATED[r] if m == 'mint' else 'not treated further'}**; {t.n[0]} test cases, {t.groups[0]} groups, {t.seeds[0]} seeds.\n",
-                      '| claim | difference, × 100 | holds |', '|---|---:|---|', *rows])
+    t, why = (
+        primary_outcome(found, cell=cell, margin=margin),
+        'Planned before this run' if margin else 'Not in the plan' if cell else 'Chosen on validation cases',
+    )
+    rows = [
+        f"| {x.claim} | {100 * x['diff']:+.1f} ({100 * x.lo:+.1f} to {100 * x.hi:+.1f}) | {x.holds} |"
+        for _, x in t.iterrows()
+    ]
+    return '\n'.join(
+        [
+            f"{why}: **{called(m)}, {TREATED[r] if m == 'mint' else 'not treated further'}**; {t.n[0]} test cases, {t.groups[0]} groups, {t.seeds[0]} seeds.\n",
+            '| claim | difference, × 100 | holds |',
+            '|---|---:|---|',
+            *rows,
+        ]
+    )

@@ -299,8 +299,12 @@ def _connected() -> Optional[socket.socket]:
         for _ in range(2):
             channel = socket.socket(socket.AF_UNIX)
             channel.settimeout(300)                        # it may be busy loading
-            try: channel.connect(place); return channel
-            except OSError: channel.close(); _start(place, owner)
+            try:
+                channel.connect(place)
+                return channel
+            except OSError:
+                channel.close()
+                _start(place, owner)
     return None
 
 # %% ../nbs/70_kernels.ipynb #0049
@@ -470,7 +474,9 @@ class BarsOnly:
     def __init__(self, stream: Any = None): self.stream = stream or sys.stderr   # where bars go
     def write(self, text: str) -> int:
         "Pass `text` on if it is a bar."
-        if '\r' in text and self.stream.isatty(): self.stream.write(text); self.stream.flush()
+        if '\r' in text and self.stream.isatty():
+            self.stream.write(text)
+            self.stream.flush()
         return len(text)
     def flush(self) -> None:
         "Flush the terminal."

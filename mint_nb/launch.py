@@ -30,9 +30,27 @@ def check_launch(
 ) -> None:
     "Refuse what could not be started."
     n, config = train.processes, accelerate_config(train.accelerate)
-    if gpus and n > gpus: raise InputError(f'asks for {n} processes, and there are {gpus} GPUs', field='train.processes', hint=f'set train.processes={gpus}; the global batch stays the same')
-    if config and not gpus: raise InputError('is for GPUs, and there is none', file=config, field='train.accelerate', hint='without it the processes share the work on the CPU')
-    if config and n > 1 and train.engine != 'separate': raise InputError('may cut the model up, which our engine does not take', file=config, field='train.engine', record=train.engine, hint='set train.engine=separate')
+    if gpus and n > gpus:
+        raise InputError(
+            f'asks for {n} processes, and there are {gpus} GPUs',
+            field='train.processes',
+            hint=f'set train.processes={gpus}; the global batch stays the same',
+        )
+    if config and not gpus:
+        raise InputError(
+            'is for GPUs, and there is none',
+            file=config,
+            field='train.accelerate',
+            hint='without it the processes share the work on the CPU',
+        )
+    if config and n > 1 and train.engine != 'separate':
+        raise InputError(
+            'may cut the model up, which our engine does not take',
+            file=config,
+            field='train.engine',
+            record=train.engine,
+            hint='set train.engine=separate',
+        )
 
 # %% ../nbs/46_launch.ipynb #0013
 def launch_command(
@@ -43,8 +61,25 @@ def launch_command(
     import torch
     gpus, config = torch.cuda.device_count(), accelerate_config(train.accelerate)
     check_launch(train, gpus)
-    how = ['--config_file', str(config)] if config else ['--multi_gpu', '--mixed_precision', 'no', '--dynamo_backend', 'no']    # on a CPU too: with --cpu accelerate starts one process
-    return [sys.executable, '-m', 'accelerate.commands.launch', *how, '--num_processes', str(train.processes), '--num_machines', '1', '--main_process_port', '0', str(script), *args]
+    how = (
+        ['--config_file', str(config)]
+        if config
+        else ['--multi_gpu', '--mixed_precision', 'no', '--dynamo_backend', 'no']
+    )  # on a CPU too: with --cpu accelerate starts one process
+    return [
+        sys.executable,
+        '-m',
+        'accelerate.commands.launch',
+        *how,
+        '--num_processes',
+        str(train.processes),
+        '--num_machines',
+        '1',
+        '--main_process_port',
+        '0',
+        str(script),
+        *args,
+    ]
 
 # %% ../nbs/46_launch.ipynb #0016
 def first_process() -> bool:
@@ -56,7 +91,9 @@ def leave_together() -> None:
     "Wait for the other processes and close the connection to them."
     import torch
     if not torch.distributed.is_initialized(): return
-    torch.distributed.barrier(); torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
 
 LEAVE = '\nfrom mint_nb.launch import leave_together\nleave_together()\n'   # the last lines of every script
 
@@ -72,10 +109,15 @@ def run_together(
     script, log = folder/'processes.py', folder/'processes.txt'
     command = launch_command(train, script, *args)
     script.write_text(code + LEAVE)
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(PROFILES.parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])])}
+    env = {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join([str(PROFILES.parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])]),
+    }
     with log.open('w') as f: done = subprocess.run(command, stdout=subprocess.PIPE, stderr=f, text=True, env=env)
     if not done.returncode: return done.stdout.strip()
-    said = [l for l in log.read_text().splitlines() if re.search(r'\w(Error|Exception)\b.*: ', l)] or ['no reason given']
+    said = [l for l in log.read_text().splitlines() if re.search(r'\w(Error|Exception)\b.*: ', l)] or [
+        'no reason given'
+    ]
     wrong = next((l for l in said if 'InputError: ' in l), None)
     if wrong: raise InputError(wrong.split('InputError: ', 1)[1])
     raise RuntimeError(f'a training process failed: {said[0].strip()[-300:]}; all they said: {log}')

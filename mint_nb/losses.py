@@ -20,7 +20,10 @@ def log1mexp(
 ) -> Tensor:     # log(1 - exp(x)), accurate on both sides
     "Stable log(1 - exp(x)) for x < 0 (Maechler 2012)."
     near = x > -math.log(2)
-    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.))), torch.log1p(-torch.exp(torch.where(near, -1., x))))
+    return torch.where(
+        near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    )
+
 
 def log_odds(
     mean_logp: Tensor,   # mean token log-probability of each answer
@@ -74,12 +77,18 @@ def sft_loss(lp: Logps, total: Optional[Total] = None, nll_on: str = 'response',
     return loss, {'nll': loss.detach()}
 
 # %% ../nbs/42_losses.ipynb #0018
-def orpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, nll_on: str = 'response', **_) -> tuple[Tensor, dict]:
+def orpo_loss(
+    lp: Logps, total: Optional[Total] = None, beta: float = 0.1, nll_on: str = 'response', **_
+) -> tuple[Tensor, dict]:
     "Odds ratio preference optimisation (arXiv 2403.07691, equations 6 and 7)."
     total = total or total_of(lp)
     gap = log_odds(lp.chosen / lp.chosen_len)[lp.owner] - log_odds(lp.rejected / lp.rejected_len)
     likelihood, ratio = nll(lp, nll_on, total), -F.logsigmoid(gap).sum() / total.pairs
-    return likelihood + beta*ratio, {'nll': likelihood.detach(), 'odds_ratio_loss': ratio.detach(), 'log_odds': gap.sum().detach() / total.pairs}
+    return likelihood + beta * ratio, {
+        'nll': likelihood.detach(),
+        'odds_ratio_loss': ratio.detach(),
+        'log_odds': gap.sum().detach() / total.pairs,
+    }
 
 # %% ../nbs/42_losses.ipynb #0022
 def competitors(lp: Logps, chosen: Tensor, rejected: Tensor) -> Tensor:   # (B, 1 + most rejected of an item)
@@ -90,13 +99,19 @@ def competitors(lp: Logps, chosen: Tensor, rejected: Tensor) -> Tensor:   # (B, 
     table[:, 0] = chosen
     return table.index_put((lp.owner, place + 1), rejected)
 
-def orpo_list_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, nll_on: str = 'response', **_) -> tuple[Tensor, dict]:
+def orpo_list_loss(
+    lp: Logps, total: Optional[Total] = None, beta: float = 0.1, nll_on: str = 'response', **_
+) -> tuple[Tensor, dict]:
     "ORPO with one chosen answer against all rejected ones of its item together."
     total = total or total_of(lp)
     odds = competitors(lp, log_odds(lp.chosen / lp.chosen_len), log_odds(lp.rejected / lp.rejected_len))
     likelihood, ratio = nll(lp, nll_on, total), (odds.logsumexp(1) - odds[:, 0]).sum() / total.items
     gap = odds[:, 0] - odds[:, 1:].max(1).values
-    return likelihood + beta*ratio, {'nll': likelihood.detach(), 'odds_ratio_loss': ratio.detach(), 'log_odds': gap.sum().detach() / total.items}
+    return likelihood + beta * ratio, {
+        'nll': likelihood.detach(),
+        'odds_ratio_loss': ratio.detach(),
+        'log_odds': gap.sum().detach() / total.items,
+    }
 
 # %% ../nbs/42_losses.ipynb #0025
 def _log_ratios(lp: Logps) -> tuple[Tensor, Tensor]:   # (B,) chosen, (R,) rejected
@@ -109,25 +124,43 @@ def dpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, **_) -
     total = total or total_of(lp)
     good, bad = _log_ratios(lp)
     margin = beta*(good[lp.owner] - bad)
-    return -F.logsigmoid(margin).sum() / total.pairs, {'margin': margin.sum().detach() / total.pairs, 'nll': nll(lp, total=total).detach()}
+    return -F.logsigmoid(margin).sum() / total.pairs, {
+        'margin': margin.sum().detach() / total.pairs,
+        'nll': nll(lp, total=total).detach(),
+    }
+
 
 def ipo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, **_) -> tuple[Tensor, dict]:
     "Identity preference optimisation, on log-ratios per token."
     total = total or total_of(lp)
     good, bad = _log_ratios(lp)
     gap = (good / lp.chosen_len)[lp.owner] - bad / lp.rejected_len
-    return ((gap - 1/(2*beta))**2).sum() / total.pairs, {'margin': gap.sum().detach() / total.pairs, 'nll': nll(lp, total=total).detach()}
+    return ((gap - 1 / (2 * beta)) ** 2).sum() / total.pairs, {
+        'margin': gap.sum().detach() / total.pairs,
+        'nll': nll(lp, total=total).detach(),
+    }
 
 # %% ../nbs/42_losses.ipynb #0029
-def simpo_loss(lp: Logps, total: Optional[Total] = None, beta: float = 2.0, gamma: float = 0.5, **_) -> tuple[Tensor, dict]:
+def simpo_loss(
+    lp: Logps, total: Optional[Total] = None, beta: float = 2.0, gamma: float = 0.5, **_
+) -> tuple[Tensor, dict]:
     "Simple preference optimisation: mean log-probabilities with a margin, no reference."
     total = total or total_of(lp)
     margin = beta*((lp.chosen / lp.chosen_len)[lp.owner] - lp.rejected / lp.rejected_len)
-    return -F.logsigmoid(margin - gamma).sum() / total.pairs, {'margin': margin.sum().detach() / total.pairs, 'nll': nll(lp, total=total).detach()}
+    return -F.logsigmoid(margin - gamma).sum() / total.pairs, {
+        'margin': margin.sum().detach() / total.pairs,
+        'nll': nll(lp, total=total).detach(),
+    }
+
 
 def kto_loss(lp: Logps, total: Optional[Total] = None, beta: float = 0.1, kl: float = 0.0, **_) -> tuple[Tensor, dict]:
     "Kahneman-Tversky optimisation; `kl` is the zero point, a number without gradient."
     total = total or total_of(lp)
     good, bad = _log_ratios(lp)
-    loss = ((1 - torch.sigmoid(beta*(good - kl))).sum() + (1 - torch.sigmoid(beta*(kl - bad))).sum()) / (total.items + total.pairs)
-    return loss, {'margin': beta*(good.sum()/total.items - bad.sum()/total.pairs).detach(), 'nll': nll(lp, total=total).detach()}
+    loss = ((1 - torch.sigmoid(beta * (good - kl))).sum() + (1 - torch.sigmoid(beta * (kl - bad))).sum()) / (
+        total.items + total.pairs
+    )
+    return loss, {
+        'margin': beta * (good.sum() / total.items - bad.sum() / total.pairs).detach(),
+        'nll': nll(lp, total=total).detach(),
+    }

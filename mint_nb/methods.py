@@ -38,7 +38,12 @@ class StoredRanker:
     def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
         "The head of the stored rankings."
         lost = {c.id for c in cases} - set(self.rankings.case_id)
-        if lost: raise InputError(f'{self.name} has ranked the cases of its own run only', record=min(lost), hint='choose a student or a knowledge-based ranker')
+        if lost:
+            raise InputError(
+                f'{self.name} has ranked the cases of its own run only',
+                record=min(lost),
+                hint='choose a student or a knowledge-based ranker',
+            )
         some = self.rankings[self.rankings.case_id.isin([c.id for c in cases])]
         last = some.groupby('case_id')['rank'].transform('max')
         return some[(some['rank'] <= top) | (some['rank'] > last - bottom)].reset_index(drop=True)
@@ -64,8 +69,16 @@ def with_findings(cases: Sequence[Case]) -> list[Case]:
 def teacher_method(view: Optional[str] = None) -> Method:
     "The multimodal teacher; `None` is the view that it ranks with in this run."
     seen = lambda run: view or run.params.teacher.view
-    def needs(run, seed): upstream(run, seed, seen(run)); return [f'upstream/{seen(run)}-{seed}/heldout.parquet']
-    return Method(lambda run, seed: StoredRanker(teacher_rankings(run, seed, 'heldout', seen(run)), f'teacher ({seen(run)})'), needs)
+
+    def needs(run, seed):
+        upstream(run, seed, seen(run))
+        return [f'upstream/{seen(run)}-{seed}/heldout.parquet']
+
+    return Method(
+        lambda run, seed: StoredRanker(teacher_rankings(run, seed, 'heldout', seen(run)), f'teacher ({seen(run)})'),
+        needs,
+    )
+
 
 def knowledge_method(cls: type, **options) -> Method:
     "A ranker that reads the ontology's annotations and nothing of the run but its catalogue."
@@ -75,19 +88,33 @@ def knowledge_method(cls: type, **options) -> Method:
 def linear_method(view: str) -> Method:
     "Logistic regression on the findings of the training cases that carry a diagnosis."
     def build(run, seed):
-        return LinearRanker.fit(with_findings(run.cases('train')), run.catalogue, hpo(), view=view, label=run.task.label, seed=seed)
+        return LinearRanker.fit(
+            with_findings(run.cases('train')), run.catalogue, hpo(), view=view, label=run.task.label, seed=seed
+        )
+
     return Method(build, lambda run, seed: [], findings=True)
 
 def student_method(method: str) -> Method:
     "The language model, as it is (`base`; with a vision tower, if the task shows an image) or trained by a method of 49_align."
+
     def needs(run, seed):
         if method == 'base': return needs_warm_up(run, seed) and warm_up(run, seed) and needs_warm_up(run, seed)
         return align(run, method, seed) and [f'align/{method}-{seed}/adapter', *needs_warm_up(run, seed)]
     def build(run, seed):
         from mint_nb.decode import StudentRanker
         p, catalogue = run.params, run_answers(run, hpo() if run.task.label == 'gene' else None)
-        return StudentRanker(load_aligned(run, method, seed), run.task, catalogue, run.k,
-                             p.student.max_prompt, p.predict.max_new_tokens, p.predict.batch, name=method, folder=run/'cases')
+        return StudentRanker(
+            load_aligned(run, method, seed),
+            run.task,
+            catalogue,
+            run.k,
+            p.student.max_prompt,
+            p.predict.max_new_tokens,
+            p.predict.batch,
+            name=method,
+            folder=run / 'cases',
+        )
+
     return Method(build, needs, ('pairs', 'student', 'predict'), True)
 
 # %% ../nbs/58_methods.ipynb #0015
@@ -95,20 +122,28 @@ def texture_method() -> Method:
     "Logistic regression on colour and texture of the training tiles that carry a label."
     def build(run, seed):
         from mint_nb.dual import TextureRanker
-        return TextureRanker.fit(run.cases('train'), run.catalogue, run/'cases', run.task.label, run.params.cohort.image_size, seed)
+
+        return TextureRanker.fit(
+            run.cases('train'), run.catalogue, run / 'cases', run.task.label, run.params.cohort.image_size, seed
+        )
+
     return Method(build, lambda run, seed: ['cases/images'], ('cohort',))
 
 # %% ../nbs/58_methods.ipynb #0017
 def retrieval_method(**changes) -> Method:
     "Search over disease documents; `changes` replace values of the `retrieve` parameters."
-    def build(run, seed): return RetrievalRanker(Retriever(hpo(), run.catalogue, run.params.retrieve.model_copy(update=changes)))
+
+    def build(run, seed):
+        return RetrievalRanker(Retriever(hpo(), run.catalogue, run.params.retrieve.model_copy(update=changes)))
+
     return Method(build, lambda run, seed: [], ('retrieve',))
 
 def talk_of(run: Run, model: str, seed: int) -> 'Callable[[], Dialogues]':
     "What makes conversations with a student of the run, or with the model behind its endpoint."
     if model == 'api':
         from mint_nb.endpoint import EndpointDialogues
-        return lambda: EndpointDialogues(run.params.endpoint, run/'predictions/replies', seed)   # type: ignore[return-value]   # `turn` is patched
+
+        return lambda: EndpointDialogues(run.params.endpoint, run / 'predictions/replies', seed)  # type: ignore[return-value]   # `turn` is patched
     from mint_nb.dialogue import StudentDialogues
     student = load_aligned(run, model, seed)
     return lambda: StudentDialogues(student)   # type: ignore[return-value]
@@ -125,22 +160,47 @@ def reason_method(
         from mint_nb.reason import ReasonRanker
         p, catalogue = run.params, run_answers(run, hpo())
         retriever = Retriever(hpo(), run.catalogue, p.retrieve) if 'rag' in protocol else None
-        return ReasonRanker(talk_of(run, model, seed), run.task, catalogue, run.k, protocol or 'plain',
-                            retriever, p.reason, name=f'{model} {protocol}', ontology=hpo(), answer_tokens=p.reason.answer_tokens)
+        return ReasonRanker(
+            talk_of(run, model, seed),
+            run.task,
+            catalogue,
+            run.k,
+            protocol or 'plain',
+            retriever,
+            p.reason,
+            name=f'{model} {protocol}',
+            ontology=hpo(),
+            answer_tokens=p.reason.answer_tokens,
+        )
+
     return Method(build, needs, ('pairs', 'endpoint' if model == 'api' else 'student', 'retrieve', 'reason'), True)
 
 # %% ../nbs/58_methods.ipynb #0020
-METHODS = Table('method', {
-    'chance': Method(lambda run, seed: ChanceRanker(run.catalogue, seed), lambda run, seed: []),
-    'teacher': teacher_method(), 'teacher_note': teacher_method('note'), 'teacher_portrait': teacher_method('portrait'),
-    'naive_bayes': knowledge_method(NaiveBayesRanker), 'naive_bayes_both': knowledge_method(NaiveBayesRanker, view='all'),
-    'naive_bayes_clean': knowledge_method(NaiveBayesRanker, leak_control=True), 'naive_bayes_strict': knowledge_method(NaiveBayesRanker, leak_control='strict'),
-    'resnik': knowledge_method(ResnikRanker), 'resnik_both': knowledge_method(ResnikRanker, view='all'),
-    'retrieval': retrieval_method(leak_control=False), 'retrieval_clean': retrieval_method(leak_control=True),
-    'bm25': retrieval_method(kind='bm25', leak_control=False), 'dense': retrieval_method(kind='dense', leak_control=False),
-    'linear': linear_method('note'), 'linear_both': linear_method('all'), 'texture': texture_method(),
-    **{f'teacher_{v}': teacher_method(v) for v in ('zero_shot', 'probe', 'tuned')},
-    'base': student_method('base'), **{m: student_method(m) for m in RECIPES}})
+METHODS = Table(
+    'method',
+    {
+        'chance': Method(lambda run, seed: ChanceRanker(run.catalogue, seed), lambda run, seed: []),
+        'teacher': teacher_method(),
+        'teacher_note': teacher_method('note'),
+        'teacher_portrait': teacher_method('portrait'),
+        'naive_bayes': knowledge_method(NaiveBayesRanker),
+        'naive_bayes_both': knowledge_method(NaiveBayesRanker, view='all'),
+        'naive_bayes_clean': knowledge_method(NaiveBayesRanker, leak_control=True),
+        'naive_bayes_strict': knowledge_method(NaiveBayesRanker, leak_control='strict'),
+        'resnik': knowledge_method(ResnikRanker),
+        'resnik_both': knowledge_method(ResnikRanker, view='all'),
+        'retrieval': retrieval_method(leak_control=False),
+        'retrieval_clean': retrieval_method(leak_control=True),
+        'bm25': retrieval_method(kind='bm25', leak_control=False),
+        'dense': retrieval_method(kind='dense', leak_control=False),
+        'linear': linear_method('note'),
+        'linear_both': linear_method('all'),
+        'texture': texture_method(),
+        **{f'teacher_{v}': teacher_method(v) for v in ('zero_shot', 'probe', 'tuned')},
+        'base': student_method('base'),
+        **{m: student_method(m) for m in RECIPES},
+    },
+)
 
 # %% ../nbs/58_methods.ipynb #0021
 def get_method(name: str) -> Method:
@@ -148,9 +208,14 @@ def get_method(name: str) -> Method:
     model, protocol, constrained = method_name(name)
     if model in RECIPES and model not in METHODS: METHODS.register(model, student_method(model))     # of a plugin
     writes = model == 'api' or model in METHODS and METHODS[model].texts
-    if '_wrong_image' in name and not (writes and model != 'api' and not protocol): raise InputError('only a student can be shown a wrong image', field='method', record=name)
+    if '_wrong_image' in name and not (writes and model != 'api' and not protocol):
+        raise InputError('only a student can be shown a wrong image', field='method', record=name)
     if not writes and (model not in METHODS or protocol or constrained):
-        raise InputError(f'there is no such method; there are {", ".join(METHODS)}, api, and for students also NAME_constrained and NAME_{", NAME_".join(PROTOCOLS)}', field='method', record=name)
+        raise InputError(
+            f'there is no such method; there are {", ".join(METHODS)}, api, and for students also NAME_constrained and NAME_{", NAME_".join(PROTOCOLS)}',
+            field='method',
+            record=name,
+        )
     return reason_method(model, protocol) if protocol or model == 'api' else METHODS[model]
 
 def build_ranker(run: Run, method: str, seed: int = 0) -> Ranker:
@@ -165,4 +230,6 @@ def wrong_images(
 ) -> list[Case]:          # each with an image that was drawn from all of them, without replacement
     "Permute images across cases, uniformly."
     if len(cases) < 2: raise InputError('the image of one case cannot be permuted', field='method')
-    return [replace(c, image=cases[j].image) for c, j in zip(cases, np.random.default_rng(seed).permutation(len(cases)))]
+    return [
+        replace(c, image=cases[j].image) for c, j in zip(cases, np.random.default_rng(seed).permutation(len(cases)))
+    ]

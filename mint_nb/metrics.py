@@ -77,7 +77,11 @@ def score_ids(
 ) -> dict[str, float]:              # metric to value; without a truth only what needs none
     "Score one answer list by identity."
     known = [i in catalogue for i in ids]
-    out = {'hfa': float(np.mean(known)) if ids else 0.0, 'hfa_all': float(bool(ids) and all(known)), 'listed': float(len(ids))}
+    out = {
+        'hfa': float(np.mean(known)) if ids else 0.0,
+        'hfa_all': float(bool(ids) and all(known)),
+        'listed': float(len(ids)),
+    }
     if truth is None: return out
     rank = ids.index(truth) + 1 if truth in ids else np.inf
     return {f'top{n}': float(rank <= n) for n in tops} | {'mrr': 1/rank} | out
@@ -111,7 +115,11 @@ def teacher_ends(
         n, g = len(c.candidates or catalogue), rows[c.id]
         head, tail = g[g['rank'] <= k], g[g['rank'] > n - q]
         if len(head) != k or len(tail) != q:
-            raise InputError(f"the teacher's ranking lacks its first {k} or last {q} of {n} answers", record=c.id, hint='rank with top=k, bottom=q')
+            raise InputError(
+                f"the teacher's ranking lacks its first {k} or last {q} of {n} answers",
+                record=c.id,
+                hint='rank with top=k, bottom=q',
+            )
         out[c.id] = set(head.answer_id), set(tail.answer_id)
     return out
 
@@ -168,7 +176,11 @@ def score_cases(
     rows = []
     for c in cases:
         (ids, written), true = lists.get(c.id, ([], [])), _truth(c, label, catalogue, scoring)
-        s = score_ids(ids, true, catalogue, tops) if scoring == 'ids' else score_reference(written, true, reference, tops=tops)
+        s = (
+            score_ids(ids, true, catalogue, tops)
+            if scoring == 'ids'
+            else score_reference(written, true, reference, tops=tops)
+        )
         if c.id in ends: s |= agreement(ids, *ends[c.id])
         s |= {name: float(m.score(ids, true, catalogue)) for name, m in METRICS.items() if m.score}
         rows += [(c.id, c.group or c.id, m, s[m]) for m in METRICS if m in s]
@@ -196,21 +208,31 @@ def seed_weights(
 
 # %% ../nbs/04_metrics.ipynb #0045
 def grouped_bootstrap(
-    values: np.ndarray,        # (seeds, cases)
-    groups: Sequence[str],     # group of each case
-    bootstrap: int = 2000,     # resamples
+    values: np.ndarray,  # (seeds, cases)
+    groups: Sequence[str],  # group of each case
+    bootstrap: int = 2000,  # resamples
     seed: int = 0,
-    answers: Optional[Sequence[str]] = None,   # true answer of each case: the mean over answers of their means (balanced accuracy)
+    answers: Optional[
+        Sequence[str]
+    ] = None,  # true answer of each case: the mean over answers of their means (balanced accuracy)
 ) -> tuple[float, float, float]:   # mean, lower and upper end of the 95 % interval (nan with one group)
     "Mean of per-case values with an interval by resampling groups, and seeds if there are several."
     values = np.atleast_2d(np.asarray(values, float))
-    (names, code), (kinds, kind) = (np.unique(np.asarray(x, dtype=str), return_inverse=True) for x in (groups, ['']*values.shape[1] if answers is None else answers))
-    table = lambda v: np.bincount(code*len(kinds) + kind, v, len(names)*len(kinds)).reshape(len(names), len(kinds))     # (groups, answers)
+    (names, code), (kinds, kind) = (
+        np.unique(np.asarray(x, dtype=str), return_inverse=True)
+        for x in (groups, [''] * values.shape[1] if answers is None else answers)
+    )
+    table = lambda v: np.bincount(code * len(kinds) + kind, v, len(names) * len(kinds)).reshape(
+        len(names), len(kinds)
+    )  # (groups, answers)
     sums, n = [table(v) for v in values], table(np.ones(values.shape[1]))
     mean = float(values.mean()) if answers is None else float(np.mean([s.sum(0)/n.sum(0) for s in sums]))
     if len(names) < 2: return mean, np.nan, np.nan
     w = draw_counts(len(names), bootstrap, seed)
-    with np.errstate(invalid='ignore'): means = np.stack([np.nanmean(w @ s/(w @ n), 1) for s in sums], 1)      # (bootstrap, seeds); a resample may lack an answer
+    with np.errstate(invalid='ignore'):
+        means = np.stack(
+            [np.nanmean(w @ s / (w @ n), 1) for s in sums], 1
+        )  # (bootstrap, seeds); a resample may lack an answer
     lo, hi = np.percentile((means*seed_weights(len(values), bootstrap, seed + 1)).sum(1), [2.5, 97.5])
     return mean, float(lo), float(hi)
 
@@ -222,7 +244,8 @@ def _block(per_case: 'pd.DataFrame', metric: str) -> 'pd.DataFrame':
     seeds, row = np.unique(t.seed.to_numpy() if 'seed' in t else np.zeros(len(t), int), return_inverse=True)
     cases, column = np.unique(t.case_id.to_numpy(object), return_inverse=True)
     where, first = np.unique(row*len(cases) + column, return_index=True)
-    if len(where) < len(t): raise InputError('a case is scored twice', record=t.case_id.iloc[_again(first, len(t))], field=metric)
+    if len(where) < len(t):
+        raise InputError('a case is scored twice', record=t.case_id.iloc[_again(first, len(t))], field=metric)
     if len(where) < len(seeds)*len(cases):
         lost = np.setdiff1d(np.arange(len(seeds)*len(cases)), where) % len(cases)
         raise InputError('a seed lacks this case', record=cases[lost.min()], field=metric)
@@ -233,6 +256,7 @@ def _again(first: np.ndarray, n: int) -> int:
     "Of n rows, of which those are the first of their kind, the first that is not."
     return int(np.setdiff1d(np.arange(n), first)[0])
 
+# %% ../nbs/04_metrics.ipynb #0052-1
 def _answers(per_case: 'pd.DataFrame', metric: str, ids: Sequence[str]) -> Optional[np.ndarray]:
     "True answers of some cases, for a metric whose rows name them in a column `answer`; else None."
     if 'answer' not in per_case: return None
@@ -252,7 +276,14 @@ def summarise(
         block = _block(per_case, m)
         if block.empty: continue
         g = group[block.columns].to_numpy()
-        rows.append((m, *grouped_bootstrap(block.to_numpy(), g, bootstrap, seed, _answers(per_case, m, block.columns)), block.shape[1], len(set(g))))
+        rows.append(
+            (
+                m,
+                *grouped_bootstrap(block.to_numpy(), g, bootstrap, seed, _answers(per_case, m, block.columns)),
+                block.shape[1],
+                len(set(g)),
+            )
+        )
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
 # %% ../nbs/04_metrics.ipynb #0057
@@ -272,7 +303,16 @@ def paired_differences(
         both = x.index.intersection(y.index)
         if len(x) > 1 and len(y) > 1: x, y = x.loc[both], y.loc[both]
         d, g = x.to_numpy() - y[x.columns].to_numpy(), group[x.columns].to_numpy()
-        if d.size: rows.append((m, *grouped_bootstrap(d, g, bootstrap, seed, _answers(a, m, x.columns)), d.shape[1], len(set(g)), len(d)))
+        if d.size:
+            rows.append(
+                (
+                    m,
+                    *grouped_bootstrap(d, g, bootstrap, seed, _answers(a, m, x.columns)),
+                    d.shape[1],
+                    len(set(g)),
+                    len(d),
+                )
+            )
     return pd.DataFrame(rows, columns=['metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds'])
 
 # %% ../nbs/04_metrics.ipynb #0062
@@ -289,7 +329,10 @@ def score_methods(
     ids, out, teachers = {c.id for c in cases}, [], teachers or {}
     for (method, seed), rankings in answers.items():
         strange = sorted(set(rankings.case_id) - ids)
-        if strange: raise InputError('a method answered a case that is not in this cohort', file=f'{method}-{seed}', record=strange[0])
+        if strange:
+            raise InputError(
+                'a method answered a case that is not in this cohort', file=f'{method}-{seed}', record=strange[0]
+            )
         teacher = teachers.get(seed, next(iter(teachers.values()), None))
         out.append(score_cases(rankings, cases, catalogue, label, teacher, **kw).assign(method=method, seed=seed))
     return pd.concat(out, ignore_index=True)[['method', 'seed', 'case_id', 'group', 'metric', 'value']]
@@ -317,7 +360,11 @@ def difference_table(
     "Paired differences between methods, with 95 % intervals."
     import pandas as pd
     by = dict(iter(per_case.groupby('method', sort=False)))
-    pairs = [(first, m) for m in by if m != first] if first in by else [(a, b) for i, a in enumerate(by) for b in list(by)[i + 1:]]
+    pairs = (
+        [(first, m) for m in by if m != first]
+        if first in by
+        else [(a, b) for i, a in enumerate(by) for b in list(by)[i + 1 :]]
+    )
     columns = ['a', 'b', 'metric', 'diff', 'lo', 'hi', 'n', 'groups', 'seeds']
     out = [paired_differences(by[a], by[b], bootstrap, seed).assign(a=a, b=b) for a, b in pairs]
     return pd.concat(out, ignore_index=True)[columns] if out else pd.DataFrame(columns=columns)
@@ -337,8 +384,10 @@ def binned_gap(
 def _check_probs(probs, truth) -> tuple[np.ndarray, np.ndarray]:
     "Arrays of the right shape whose rows are distributions."
     p, y = np.asarray(probs, float), np.asarray(truth, int)
-    if p.ndim != 2 or len(p) != len(y) or not len(p): raise InputError(f'needs one row per case, not {p.shape} for {len(y)} cases', field='probs')
-    if p.min() < 0 or np.abs(p.sum(1) - 1).max() > 1e-4: raise InputError('a row is not a distribution', record=int(np.abs(p.sum(1) - 1).argmax()), field='probs')
+    if p.ndim != 2 or len(p) != len(y) or not len(p):
+        raise InputError(f'needs one row per case, not {p.shape} for {len(y)} cases', field='probs')
+    if p.min() < 0 or np.abs(p.sum(1) - 1).max() > 1e-4:
+        raise InputError('a row is not a distribution', record=int(np.abs(p.sum(1) - 1).argmax()), field='probs')
     return p, y
 
 def conf_ece(

@@ -67,17 +67,41 @@ def choose_for_note(
 
 # %% ../nbs/10_notes.ipynb #0045
 FRAMES = {
-    'brief': (('{A} with {all}.', ' No {no}.'), ('{Who}: {all}.', ' {No} absent.'), ('{A} has {all}.', ' There is no {no}.'),
-              ('Findings in {a}: {all}.', ' Not found: {no}.')),
-    'clinic': (('{A} was seen in the genetics clinic. Examination showed {first}. The record also lists {rest}.', ' There was no {no}.'),
-               ('We report {a}. The main problems are {first}. The history includes {rest}.', ' {No} could be excluded.')),
-    'long': (('{A} was referred by the local hospital for diagnostic evaluation. The referral letter lists {first}. In the course of the work-up '
-              '{rest} came to attention.', ' The following were looked for and not found: {no}.'),
-             ('Summary of the outpatient visit. The patient, {a}, has been followed for some time. The parents\' main concern is {first}. '
-              'On review of the records, {rest} had been noted.', ' There is no evidence of {no}.')),
+    'brief': (
+        ('{A} with {all}.', ' No {no}.'),
+        ('{Who}: {all}.', ' {No} absent.'),
+        ('{A} has {all}.', ' There is no {no}.'),
+        ('Findings in {a}: {all}.', ' Not found: {no}.'),
+    ),
+    'clinic': (
+        (
+            '{A} was seen in the genetics clinic. Examination showed {first}. The record also lists {rest}.',
+            ' There was no {no}.',
+        ),
+        ('We report {a}. The main problems are {first}. The history includes {rest}.', ' {No} could be excluded.'),
+    ),
+    'long': (
+        (
+            '{A} was referred by the local hospital for diagnostic evaluation. The referral letter lists {first}. In the course of the work-up '
+            '{rest} came to attention.',
+            ' The following were looked for and not found: {no}.',
+        ),
+        (
+            'Summary of the outpatient visit. The patient, {a}, has been followed for some time. The parents\' main concern is {first}. '
+            'On review of the records, {rest} had been noted.',
+            ' There is no evidence of {no}.',
+        ),
+    ),
 }
-IDLE = ('Seen with the family.', 'Records are incomplete.', 'Earlier reports were not available.', 'A follow-up visit is planned.',
-        'The family was informed about further tests.', 'Medication was left unchanged.', 'The referral was received by post.')
+IDLE = (
+    'Seen with the family.',
+    'Records are incomplete.',
+    'Earlier reports were not available.',
+    'A follow-up visit is planned.',
+    'The family was informed about further tests.',
+    'Medication was left unchanged.',
+    'The referral was received by post.',
+)
 HEDGES = ('possible', 'probable', 'reported')
 
 # %% ../nbs/10_notes.ipynb #0046
@@ -98,7 +122,9 @@ def say(
     if not present: frame = '{A}.'
     a = ('an ' if re.match(r'8|11-|18-|[aeiou]', who) else 'a ') + who
     up = lambda s: s[:1].upper() + s[1:]
-    text = frame.format(A=up(a), a=a, Who=up(who), all=listing(present), first=listing(present[:half]), rest=listing(present[half:]))
+    text = frame.format(
+        A=up(a), a=a, Who=up(who), all=listing(present), first=listing(present[:half]), rest=listing(present[half:])
+    )
     if absent: text += negation.format(no=' or '.join(absent), No=up(listing(absent)))
     idle = [s for s in rng.permutation(IDLE)[:most] if rng.random() < noise*chance]
     return ' '.join([text, *idle])

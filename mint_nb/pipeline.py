@@ -42,7 +42,9 @@ def nbs_folder() -> Path:
     places = (package.parent/'nbs', package/'nbs')
     for p in places:
         if (p/f'{STAGES[0]}.ipynb').exists(): return p
-    raise InputError('the stage notebooks are missing', file=places[-1], hint='install the package again, or work in a checkout')
+    raise InputError(
+        'the stage notebooks are missing', file=places[-1], hint='install the package again, or work in a checkout'
+    )
 
 # %% ../nbs/72_pipeline.ipynb #0009
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Step:
     "One execution of a stage notebook."
     notebook: str                                # for example '49_align'
     stage: str                                   # its name in the manifest, for example 'align/mint-0'
-    values: dict = field(default_factory=dict)   # parameters for papermill, besides `run`
-    needs: str = ''                              # the stage of another step that must be done before, if both are in a group
+    values: dict = field(default_factory=dict)  # parameters for papermill, besides `run`
+    needs: str = ''  # the stage of another step that must be done before, if both are in a group
 
     @property
     def name(self) -> str:
@@ -70,7 +72,9 @@ def looks(
     params: Params,   # of the run
 ) -> bool:
     "Does a student of the run look at images?"
-    return get_task(params.task).view == 'image' and any(method_name(m).model in (*RECIPES, 'base') for m in params.methods)
+    return get_task(params.task).view == 'image' and any(
+        method_name(m).model in (*RECIPES, 'base') for m in params.methods
+    )
 
 # %% ../nbs/72_pipeline.ipynb #0016
 def plan(
@@ -79,7 +83,11 @@ def plan(
     "Which notebooks a run needs: stages x methods x seeds."
     seeds, steps = params.seeds, [Step('19_cohort', 'cohort')]
     trained = lambda m, s: f'align/{method_name(m).model}-{s}' if method_name(m).model in RECIPES else ''
-    rows = [Step('59_predict', f'predict/{m}-{s}', {'method': m, 'seed': s}, trained(m, s)) for s in seeds for m in params.methods]
+    rows = [
+        Step('59_predict', f'predict/{m}-{s}', {'method': m, 'seed': s}, trained(m, s))
+        for s in seeds
+        for m in params.methods
+    ]
     early = [r for r in rows if reads_alone(r.values['method'])]
     steps += [Step('29_upstream', f'upstream/{s}', {'seed': s}) for s in seeds] + early
     if students(params): steps += [Step('39_preferences', f'preferences/mint-{s}', {'seed': s}) for s in seeds]
@@ -171,9 +179,13 @@ def run_step(
 ) -> dict:                   # its manifest entry
     "Execute one stage notebook for a run, unless it is done."
     copy = run/f'notebooks/{step.name}.ipynb'
-    with locked(run/'.locks'/f'{step.name}.ipynb.lock'):        # a second command in the folder waits here, and finds the step done
+    with locked(
+        run / '.locks' / f'{step.name}.ipynb.lock'
+    ):  # a second command in the folder waits here, and finds the step done
         if entry := stage_done(run, step.stage): return entry
-        run_notebook(nbs_folder()/f'{step.notebook}.ipynb', copy, {'run': str(run.path.resolve()), **step.values}, quiet=quiet)
+        run_notebook(
+            nbs_folder() / f'{step.notebook}.ipynb', copy, {'run': str(run.path.resolve()), **step.values}, quiet=quiet
+        )
         if entry := stage_done(run, step.stage): return entry
     raise NotebookFailed(copy, 'Incomplete', f'ran to its end, but the manifest has no finished stage {step.stage!r}')
 
@@ -223,12 +235,15 @@ def run_group(
         try:
             while waiting or running:
                 ready = [s for s in waiting if s.needs not in names or s.needs in finished]
-                for s in ready[:workers - len(running)]: running[pool.submit(work, s)] = s; waiting.remove(s)
+                for s in ready[: workers - len(running)]:
+                    running[pool.submit(work, s)] = s
+                    waiting.remove(s)
                 for f in wait(running, return_when=FIRST_COMPLETED).done:
                     s = running.pop(f)
-                    done(s, f.result()); finished.add(s.stage)
+                    done(s, f.result())
+                    finished.add(s.stage)
         except KeyboardInterrupt:
-            stop_kernels()     # their threads end with them
+            stop_kernels()  # their threads end with them
             raise
 
 # %% ../nbs/72_pipeline.ipynb #0056m
@@ -273,7 +288,8 @@ class Watch:
         "Say something, on a line of its own."
         with self.lock:
             if self.bar: self.bar.write('\r\033[K')
-            self.say(text); self.spoke = self.clock()
+            self.say(text)
+            self.spoke = self.clock()
 
 # %% ../nbs/72_pipeline.ipynb #0056e
 @patch
@@ -307,8 +323,11 @@ def ticking(self: Watch, pause: float = 1.):   # s
         while not stop.wait(pause): self.tick()
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
-    try: yield
-    finally: stop.set(); thread.join()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 # %% ../nbs/72_pipeline.ipynb #0056j
 @patch
@@ -379,8 +398,10 @@ def run_pipeline(
     if todo: check_methods(run.params)
     workers = worker_count(run.params, workers)
     watch = Watch(run, steps, *foresee(run, steps, todo, workers), say, quiet)
-    if todo: warm_up()     # not earlier: it would disturb the probe
-    watch.speak(f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, about {minutes(watch.left())}')
+    if todo: warm_up()  # not earlier: it would disturb the probe
+    watch.speak(
+        f'{run.path}: task {run.params.task}, profile {run.params.profile}, {len(steps)} steps, {len(todo)} to do, about {minutes(watch.left())}'
+    )
     with watch.ticking():
         for together, group in groupby(steps, lambda s: side_by_side(s) and workers > 1):
             watch.together = together
@@ -405,10 +426,16 @@ def status(
     "How each step of a run stands."
     import pandas as pd
     if not isinstance(run, Run):
-        if not (Path(run)/'params.yaml').exists(): raise InputError('is not a run folder', file=run, hint='it holds no params.yaml')
+        if not (Path(run) / 'params.yaml').exists():
+            raise InputError('is not a run folder', file=run, hint='it holds no params.yaml')
         run = Run(run, open_params(run))
     rows = [(s.name, *step_state(run, s)) for s in plan(run.params)]
-    return pd.DataFrame([{'step': n, 'state': state, **{k: e.get(k) for k in ('seconds', 'peak_mb', 'time', 'error')}} for n, state, e in rows])
+    return pd.DataFrame(
+        [
+            {'step': n, 'state': state, **{k: e.get(k) for k in ('seconds', 'peak_mb', 'time', 'error')}}
+            for n, state, e in rows
+        ]
+    )
 
 # %% ../nbs/72_pipeline.ipynb #0064b
 def unfinished(run: Run) -> str:

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageOps
 from .core import InputError, printable, progress
 
 # %% ../nbs/15_portraits.ipynb #0006
-LANDMARKS = tuple('''
+LANDMARKS = tuple(
+    '''
 head_size face_width face_length forehead_height forehead_width bossing ridge metopic cheekbone cheeks midface coarse asymmetry
 eye_spacing eye_slant eye_length eye_open eye_size eye_depth proptosis ptosis squint epicanthus iris cloudy blue_sclera coloboma lashes eye_bags
 brow_arch brow_thick synophrys
@@ -30,7 +31,8 @@ mouth_width corners_down upper_lip lower_lip cupid mouth_open tongue cleft
 jaw_width chin_length chin_point chin_dimple
 ear_low ear_size ear_turn ear_out ear_tag
 hair_dense hairline_low hair_light hair_curl neck_width neck_web
-'''.split())
+'''.split()
+)
 AT = {name: n for n, name in enumerate(LANDMARKS)}
 
 # %% ../nbs/15_portraits.ipynb #0009
@@ -205,15 +207,39 @@ def drawn_terms(
     "The terms that will be drawn for a patient."
     out = set()
     for t in terms:
-        if t in DRAWN or ontology is None: out |= {t} & DRAWN.keys(); continue
+        if t in DRAWN or ontology is None:
+            out |= {t} & DRAWN.keys()
+            continue
         above = set(ontology.ancestors(t)) & DRAWN.keys()
         out |= {a for a in above if not any(a != b and a in ontology.ancestors(b) for b in above)}
     return sorted(out)
 
 # %% ../nbs/15_portraits.ipynb #0027
 SIGNAL, SCATTER = 0.8, 0.8   # standard deviation between diseases, and between patients of one disease
-SHAPE = np.array([name not in ('asymmetry', 'metopic', 'cleft', 'tongue', 'mouth_open', 'squint', 'ptosis', 'coloboma', 'cloudy', 'blue_sclera', 'ear_tag',
-                               'chin_dimple', 'neck_web', 'synophrys', 'coarse') for name in LANDMARKS])   # landmarks that everybody has more or less of
+SHAPE = np.array(
+    [
+        name
+        not in (
+            'asymmetry',
+            'metopic',
+            'cleft',
+            'tongue',
+            'mouth_open',
+            'squint',
+            'ptosis',
+            'coloboma',
+            'cloudy',
+            'blue_sclera',
+            'ear_tag',
+            'chin_dimple',
+            'neck_web',
+            'synophrys',
+            'coarse',
+        )
+        for name in LANDMARKS
+    ]
+)  # landmarks that everybody has more or less of
+
 
 def _rng(*key: Any) -> np.random.Generator:
     "A generator that depends on the key only, the same on every machine."
@@ -232,7 +258,9 @@ def patient_gestalt(
     seed: int = 0,     # seed of the cohort
 ) -> np.ndarray:       # the patient's landmarks
     "Disease mean plus the patient's own scatter."
-    return disease_gestalt(disease_id, seed) + SCATTER*SHAPE*_rng('patient', disease_id, case_id, seed).standard_normal(len(LANDMARKS))
+    return disease_gestalt(disease_id, seed) + SCATTER * SHAPE * _rng(
+        'patient', disease_id, case_id, seed
+    ).standard_normal(len(LANDMARKS))
 
 # %% ../nbs/15_portraits.ipynb #0031
 def face(
@@ -243,7 +271,8 @@ def face(
 ) -> np.ndarray:                            # landmarks to draw
     "The landmarks of a patient."
     z = np.zeros(len(LANDMARKS)) if gestalt is None else np.array(gestalt, float)
-    if z.shape != (len(LANDMARKS),): raise InputError(f'a gestalt has {len(LANDMARKS)} landmarks, not {z.shape}', field='gestalt')
+    if z.shape != (len(LANDMARKS),):
+        raise InputError(f'a gestalt has {len(LANDMARKS)} landmarks, not {z.shape}', field='gestalt')
     for t in drawn_terms(terms, ontology): z += _rng('strength', t, seed).uniform(.5, 1.25)*DRAWN[t][1]
     return 3.2*np.tanh(z/3.2)
 
@@ -328,36 +357,64 @@ def layout(
     mouth = nose + f*(.075 + .016*z['philtrum_length'])
     chin = mouth + f*(.125 + .018*z['chin_length'])
     top = eye - f*(.27 + .014*z['forehead_height'] + .016*z['head_size'])
-    return dict(eye=eye, nose=nose, mouth=mouth, chin=chin, top=top, width=.25*(1 + .06*z['face_width']), tilt=.010*z['asymmetry'])
+    return dict(
+        eye=eye,
+        nose=nose,
+        mouth=mouth,
+        chin=chin,
+        top=top,
+        width=0.25 * (1 + 0.06 * z['face_width']),
+        tilt=0.010 * z['asymmetry'],
+    )
 
 def mirror(points: np.ndarray, tilt: float = 0.) -> np.ndarray:
     "Reflect points given right of the middle line to the left; `tilt` lets the left side hang."
     p = np.array(points, float)
     return np.stack([1 - p[:, 0] - .8*tilt*np.sign(p[:, 0] - .5), p[:, 1] + tilt], 1)
 
+# %% ../nbs/15_portraits.ipynb #0040-1
 def outline(z: dict, at: dict) -> np.ndarray:
     "The contour of head and jaw."
     w, skull = at['width'], 1 + .035*z['head_size']
-    right = np.array([(.30*w, at['top']), (.80*w*skull*(1 + .05*z['forehead_width']), at['top'] + .05),
-             (w*skull*(1.0 + .055*z['forehead_width']), at['eye'] - .10), (w*(1.02 + .02*z['cheekbone']), at['eye'] + .03),
-             (w*(.95 + .05*z['cheeks'] + .02*z['cheekbone']), at['nose'] + .01), (w*(.80 + .07*z['jaw_width'] + .03*z['cheeks']), at['mouth'] + .03),
-             (w*(.42 + .05*z['jaw_width'] - .06*z['chin_point']), at['chin'] - .005), (w*max(.04, .16 - .06*z['chin_point']), at['chin'] + .006*z['chin_point'])]) + (.5, 0)
+    right = np.array(
+        [
+            (0.30 * w, at['top']),
+            (0.80 * w * skull * (1 + 0.05 * z['forehead_width']), at['top'] + 0.05),
+            (w * skull * (1.0 + 0.055 * z['forehead_width']), at['eye'] - 0.10),
+            (w * (1.02 + 0.02 * z['cheekbone']), at['eye'] + 0.03),
+            (w * (0.95 + 0.05 * z['cheeks'] + 0.02 * z['cheekbone']), at['nose'] + 0.01),
+            (w * (0.80 + 0.07 * z['jaw_width'] + 0.03 * z['cheeks']), at['mouth'] + 0.03),
+            (w * (0.42 + 0.05 * z['jaw_width'] - 0.06 * z['chin_point']), at['chin'] - 0.005),
+            (w * max(0.04, 0.16 - 0.06 * z['chin_point']), at['chin'] + 0.006 * z['chin_point']),
+        ]
+    ) + (0.5, 0)
     return smooth(np.concatenate([right, mirror(right, at['tilt'])[::-1]]))
 
 # %% ../nbs/15_portraits.ipynb #0043
 def draw_back(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     "Hair behind the head, neck and ears."
     w, out = at['width'], .018*np.clip(1 + .45*z['hair_dense'], 0, 2.2)
-    if z['hair_dense'] > -2: pen.shape(ellipse(.5, at['eye'] - .06, w*1.06 + out, at['eye'] - at['top'] + out - .055, n=40), hair)
+    if z['hair_dense'] > -2:
+        pen.shape(ellipse(0.5, at['eye'] - 0.06, w * 1.06 + out, at['eye'] - at['top'] + out - 0.055, n=40), hair)
     n, web = w*(.62 + .09*z['neck_width']), .05*max(0, z['neck_web'])
-    neck = np.array([(.5 + n, at['mouth'] - .02), (.5 + n + web, at['chin']), (.5 + n + 1.6*web + .02, .99), (.5 + n + .10 + web, 1.05)])
-    pen.shape(np.concatenate([smooth(neck, False), smooth(mirror(neck), False)[::-1]]), pen.tone(.13), pen.tone(.6), .006)
+    neck = np.array(
+        [
+            (0.5 + n, at['mouth'] - 0.02),
+            (0.5 + n + web, at['chin']),
+            (0.5 + n + 1.6 * web + 0.02, 0.99),
+            (0.5 + n + 0.10 + web, 1.05),
+        ]
+    )
+    pen.shape(
+        np.concatenate([smooth(neck, False), smooth(mirror(neck), False)[::-1]]), pen.tone(0.13), pen.tone(0.6), 0.006
+    )
     size, y = 1 + .14*z['ear_size'], at['eye'] + .055 + .024*z['ear_low']
     rx, ry = .034*size*(1 + .24*z['ear_out']), .072*size
     ear = ellipse(.5 + w*.99 + .5*rx, y, max(rx, .008), max(ry, .015), .18 + .16*z['ear_turn'])
     fold = ellipse(.5 + w*.99 + .6*rx, y, .5*max(rx, .008), .6*max(ry, .015), .18 + .16*z['ear_turn'])
     for side in (lambda p: p, lambda p: mirror(p, at['tilt'])):
-        pen.shape(side(ear), pen.tone(.07), pen.tone(.75)); pen.shape(side(fold), pen.tone(.22))
+        pen.shape(side(ear), pen.tone(0.07), pen.tone(0.75))
+        pen.shape(side(fold), pen.tone(0.22))
 
 # %% ../nbs/15_portraits.ipynb #0044
 def draw_hair(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
@@ -367,7 +424,9 @@ def draw_hair(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     dense = float(np.clip(.85 + .3*z['hair_dense'], 0, 1))
     colour = tuple(int(dense*h + (1 - dense)*s) for h, s in zip(hair, pen.skin))
     t = np.linspace(np.pi, 0, 24)
-    crown = np.stack([.5 + (w*1.04 + out)*np.cos(t), at['eye'] - .10 - (at['eye'] - .10 - at['top'] + out)*np.sin(t)], 1)
+    crown = np.stack(
+        [0.5 + (w * 1.04 + out) * np.cos(t), at['eye'] - 0.10 - (at['eye'] - 0.10 - at['top'] + out) * np.sin(t)], 1
+    )
     crown[1:-1, 1] += .012*max(0, z['hair_curl'])*np.sin(7*t[1:-1])
     front = np.stack([.5 + .97*w*np.cos(t[::-1]), at['eye'] - .09 - (at['eye'] - .09 - line)*np.sin(t[::-1])**.7], 1)
     front[1:-1, 1] += .010*max(0, z['hair_curl'])*np.cos(9*t[1:-1])
@@ -380,22 +439,60 @@ def draw_eye(pen: Pen, z: dict, at: dict, side: int) -> None:
     big = 1 + .10*z['eye_size'] + .05*z['proptosis']
     lx, ly = .052*big*(1 + .115*z['eye_length']), .025*big*max(.25, 1 + .17*z['eye_open'] + .10*z['proptosis'])
     slant, lid = .0125*z['eye_slant'], float(np.clip(1 - .28*max(z['ptosis'], -1), .15, 1.25))
-    almond = np.array([(-lx, slant), (-.5*lx, -ly*lid + .5*slant), (.4*lx, -1.1*ly*lid - .4*slant), (lx, -slant), (.4*lx, ly - .4*slant), (-.5*lx, .9*ly + .5*slant)])
+    almond = np.array(
+        [
+            (-lx, slant),
+            (-0.5 * lx, -ly * lid + 0.5 * slant),
+            (0.4 * lx, -1.1 * ly * lid - 0.4 * slant),
+            (lx, -slant),
+            (0.4 * lx, ly - 0.4 * slant),
+            (-0.5 * lx, 0.9 * ly + 0.5 * slant),
+        ]
+    )
     loop = smooth(np.stack([x + side*almond[:, 0], y + almond[:, 1]], 1), rounds=2)
     mask = Image.new('L', pen.sheet.size)
     ImageDraw.Draw(mask).polygon(pen.at(loop), fill=255)
-    ball = Image.new('RGB', pen.sheet.size, tuple(int(v) for v in np.array([250, 250, 248]) - np.clip(z['blue_sclera'], 0, 3)*np.array([45, 22, 2])))
-    b, r, ix = ImageDraw.Draw(ball), max(.008, .0225*(1 + .11*z['iris'] + .05*z['eye_size'])), x - .012*z['squint']*(side > 0)
+    ball = Image.new(
+        'RGB',
+        pen.sheet.size,
+        tuple(int(v) for v in np.array([250, 250, 248]) - np.clip(z['blue_sclera'], 0, 3) * np.array([45, 22, 2])),
+    )
+    b, r, ix = (
+        ImageDraw.Draw(ball),
+        max(0.008, 0.0225 * (1 + 0.11 * z['iris'] + 0.05 * z['eye_size'])),
+        x - 0.012 * z['squint'] * (side > 0),
+    )
     b.polygon(Pen.at(pen, ellipse(ix, y, r, r)), fill=(88, 74, 66))
-    c = int(20 + 75*np.clip(z['cloudy'], 0, 2.6)); b.polygon(Pen.at(pen, ellipse(ix, y, .5*r, .5*r)), fill=(c, c, c))
-    if z['coloboma'] > .8: b.polygon(Pen.at(pen, [(ix - .6*r, y), (ix + .6*r, y), (ix + .5*r, y + 1.4*r), (ix - .5*r, y + 1.4*r)]), fill=(10, 10, 10))
+    c = int(20 + 75 * np.clip(z['cloudy'], 0, 2.6))
+    b.polygon(Pen.at(pen, ellipse(ix, y, 0.5 * r, 0.5 * r)), fill=(c, c, c))
+    if z['coloboma'] > 0.8:
+        b.polygon(
+            Pen.at(
+                pen, [(ix - 0.6 * r, y), (ix + 0.6 * r, y), (ix + 0.5 * r, y + 1.4 * r), (ix - 0.5 * r, y + 1.4 * r)]
+            ),
+            fill=(10, 10, 10),
+        )
     box = mask.getbbox() or (0, 0, 1, 1)
     pen.sheet.paste(ball.crop(box), box, mask.crop(box))
     upper = smooth(np.stack([x + side*almond[:4, 0], y + almond[:4, 1]], 1), False, 2)
-    pen.stroke(loop, pen.tone(.55), .005); pen.stroke(upper, pen.tone(1), .010 + .004*np.clip(z['lashes'], -1.5, 1.5))
-    for p in upper[2:-1:3] if z['lashes'] > .4 else (): pen.stroke([p, p + (side*.006, -.010*z['lashes'])], pen.tone(1), .006)
+    pen.stroke(loop, pen.tone(0.55), 0.005)
+    pen.stroke(upper, pen.tone(1), 0.010 + 0.004 * np.clip(z['lashes'], -1.5, 1.5))
+    for p in upper[2:-1:3] if z['lashes'] > 0.4 else ():
+        pen.stroke([p, p + (side * 0.006, -0.010 * z['lashes'])], pen.tone(1), 0.006)
     pen.stroke(upper - (0, .016 + .004*z['ptosis']), pen.tone(.35 + .12*z['eye_depth']), .005)
-    if z['epicanthus'] > 0: pen.stroke(smooth([(x - side*lx*.5, y - 1.3*ly), (x - side*lx*1.15, y - .2*ly), (x - side*lx*.75, y + 1.5*ly)], False), pen.tone(.22*z['epicanthus']), .006 + .002*z['epicanthus'])
+    if z['epicanthus'] > 0:
+        pen.stroke(
+            smooth(
+                [
+                    (x - side * lx * 0.5, y - 1.3 * ly),
+                    (x - side * lx * 1.15, y - 0.2 * ly),
+                    (x - side * lx * 0.75, y + 1.5 * ly),
+                ],
+                False,
+            ),
+            pen.tone(0.22 * z['epicanthus']),
+            0.006 + 0.002 * z['epicanthus'],
+        )
 
 # %% ../nbs/15_portraits.ipynb #0047
 def draw_brows(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
@@ -403,22 +500,58 @@ def draw_brows(pen: Pen, z: dict, at: dict, hair: tuple) -> None:
     x, y = .104 + .0135*z['eye_spacing'], at['eye'] - .062 + .006*z['eye_depth'] + .004*z['ridge']
     wide, arch = .013*np.clip(1 + .38*z['brow_thick'], .2, 2.4), .012*(1 + .75*z['brow_arch'])
     inner, meet = max(.012, x - .062 - .012*z['synophrys']), max(0., z['synophrys'])
-    brow = smooth([(.5 + inner, y + .008), (.5 + x, y - arch), (.5 + x + .035, y - .8*arch), (.5 + x + .075, y + .016)], False)
+    brow = smooth(
+        [
+            (0.5 + inner, y + 0.008),
+            (0.5 + x, y - arch),
+            (0.5 + x + 0.035, y - 0.8 * arch),
+            (0.5 + x + 0.075, y + 0.016),
+        ],
+        False,
+    )
     colour = tuple(int(v) for v in .75*np.array(hair) + .25*np.array(pen.ink))
     for p in (brow, mirror(brow, at['tilt'])): pen.stroke(p, colour, wide)
     if meet > .6: pen.stroke([(.5 - inner, y + .010), (.5 + inner, y + .010)], colour, .006*min(meet, 2.4))
 
+# %% ../nbs/15_portraits.ipynb #0047-1
 def draw_nose(pen: Pen, z: dict, at: dict) -> None:
     "Bridge, tip, wings, nostrils, columella and philtrum."
     y, bw, nw = at['nose'], .024*(1 + .17*z['bridge_width']), .046*(1 + .115*z['nose_width'])
     tip = .026*max(.3, 1 + .30*z['nose_tip'])
-    side = smooth([(.5 + bw*1.2, at['eye'] - .03), (.5 + bw, at['eye'] + .02), (.5 + .8*bw + .2*tip, y - .055), (.5 + tip, y - .028)], False)
-    wing = smooth([(.5 + .85*nw, y - .034), (.5 + nw*(1.1 + .06*z['alae']), y - .012), (.5 + .75*nw, y + .008), (.5 + .4*nw, y + .002)], False)
-    hole = ellipse(.5 + .5*nw, y - .002 - .003*z['nostrils'], .013*(1 + .1*z['nostrils']), max(.002, .0055*(1 + .42*z['nostrils'])), -.3)
+    side = smooth(
+        [
+            (0.5 + bw * 1.2, at['eye'] - 0.03),
+            (0.5 + bw, at['eye'] + 0.02),
+            (0.5 + 0.8 * bw + 0.2 * tip, y - 0.055),
+            (0.5 + tip, y - 0.028),
+        ],
+        False,
+    )
+    wing = smooth(
+        [
+            (0.5 + 0.85 * nw, y - 0.034),
+            (0.5 + nw * (1.1 + 0.06 * z['alae']), y - 0.012),
+            (0.5 + 0.75 * nw, y + 0.008),
+            (0.5 + 0.4 * nw, y + 0.002),
+        ],
+        False,
+    )
+    hole = ellipse(
+        0.5 + 0.5 * nw,
+        y - 0.002 - 0.003 * z['nostrils'],
+        0.013 * (1 + 0.1 * z['nostrils']),
+        max(0.002, 0.0055 * (1 + 0.42 * z['nostrils'])),
+        -0.3,
+    )
     for p in (lambda a: a, lambda a: mirror(a, .5*at['tilt'])):
-        pen.stroke(p(side), pen.tone(.30 + .12*z['bridge_height']), .006); pen.stroke(p(wing), pen.tone(.75 + .1*z['alae']), .008)
+        pen.stroke(p(side), pen.tone(0.30 + 0.12 * z['bridge_height']), 0.006)
+        pen.stroke(p(wing), pen.tone(0.75 + 0.1 * z['alae']), 0.008)
         pen.shape(p(hole), pen.tone(.85))
-    pen.stroke(smooth([(.5 - tip, y - .018), (.5, y + .006 + .011*z['columella']), (.5 + tip, y - .018)], False), pen.tone(.55 + .15*z['nose_tip']), .009)
+    pen.stroke(
+        smooth([(0.5 - tip, y - 0.018), (0.5, y + 0.006 + 0.011 * z['columella']), (0.5 + tip, y - 0.018)], False),
+        pen.tone(0.55 + 0.15 * z['nose_tip']),
+        0.009,
+    )
     px, dark = .016*(1 + .35*z['philtrum_width']), .42 + .22*z['philtrum_depth']
     if dark > .03:
         for s in (-1, 1): pen.stroke([(.5 + .8*s*px, y + .018), (.5 + s*px, at['mouth'] - .02)], pen.tone(dark), .009)
@@ -434,28 +567,78 @@ def draw_mouth(pen: Pen, z: dict, at: dict) -> None:
         p = smooth(pts, False)
         return p + tilt*np.sign(.5 - p[:, :1])*np.abs(p[:, :1] - .5)/w
     mid = [(.5 - w, y + down), (.5 - .4*w, y), (.5, y + .003), (.5 + .4*w, y), (.5 + w, y + down)]
-    top = line([(.5 + w, y + down), (.5 + .35*w, y - up - bow), (.5 + .1*w, y - up - .3*bow), (.5, y - up + bow), (.5 - .1*w, y - up - .3*bow), (.5 - .35*w, y - up - bow), (.5 - w, y + down)])
-    bottom = line([(.5 + w, y + down), (.5 + .5*w, y + gap + low), (.5, y + gap + 1.15*low), (.5 - .5*w, y + gap + low), (.5 - w, y + down)])
+    top = line(
+        [
+            (0.5 + w, y + down),
+            (0.5 + 0.35 * w, y - up - bow),
+            (0.5 + 0.1 * w, y - up - 0.3 * bow),
+            (0.5, y - up + bow),
+            (0.5 - 0.1 * w, y - up - 0.3 * bow),
+            (0.5 - 0.35 * w, y - up - bow),
+            (0.5 - w, y + down),
+        ]
+    )
+    bottom = line(
+        [
+            (0.5 + w, y + down),
+            (0.5 + 0.5 * w, y + gap + low),
+            (0.5, y + gap + 1.15 * low),
+            (0.5 - 0.5 * w, y + gap + low),
+            (0.5 - w, y + down),
+        ]
+    )
     pen.shape(np.concatenate([line(mid), top]), tuple(lip.astype(int)), pen.tone(.6), .004)
     pen.shape(np.concatenate([line(mid), bottom]), tuple((lip + .12*(255 - lip)).astype(int)), pen.tone(.6), .004)
     if gap > .002: pen.shape(ellipse(.5, y + .5*gap + .002, .72*w, .6*gap + .002), (60, 34, 34))
-    if z['tongue'] > .6: pen.shape(ellipse(.5, y + gap + .006*z['tongue'], .42*w, .009*z['tongue']), (196, 112, 110), pen.tone(.8), .004)
+    if z['tongue'] > 0.6:
+        pen.shape(
+            ellipse(0.5, y + gap + 0.006 * z['tongue'], 0.42 * w, 0.009 * z['tongue']),
+            (196, 112, 110),
+            pen.tone(0.8),
+            0.004,
+        )
     pen.stroke(line(mid), pen.tone(.95), .007)
-    if z['cleft'] > .8: pen.stroke(smooth([(.5 + .28*w, y + .002), (.5 + .22*w, y - up - .01), (.53, at['nose'] + .004)], False), pen.tone(.95), .006 + .004*z['cleft'])
-    pen.stroke(smooth([(.5 - .3*w, y + gap + low + .028), (.5, y + gap + low + .022), (.5 + .3*w, y + gap + low + .028)], False), pen.tone(.35), .006)
-    if z['chin_dimple'] > .6: pen.stroke([(.5, at['chin'] - .035), (.5, at['chin'] - .014)], pen.tone(.4*z['chin_dimple']), .016)
+    if z['cleft'] > 0.8:
+        pen.stroke(
+            smooth([(0.5 + 0.28 * w, y + 0.002), (0.5 + 0.22 * w, y - up - 0.01), (0.53, at['nose'] + 0.004)], False),
+            pen.tone(0.95),
+            0.006 + 0.004 * z['cleft'],
+        )
+    pen.stroke(
+        smooth(
+            [
+                (0.5 - 0.3 * w, y + gap + low + 0.028),
+                (0.5, y + gap + low + 0.022),
+                (0.5 + 0.3 * w, y + gap + low + 0.028),
+            ],
+            False,
+        ),
+        pen.tone(0.35),
+        0.006,
+    )
+    if z['chin_dimple'] > 0.6:
+        pen.stroke([(0.5, at['chin'] - 0.035), (0.5, at['chin'] - 0.014)], pen.tone(0.4 * z['chin_dimple']), 0.016)
 
 # %% ../nbs/15_portraits.ipynb #0050
 def draw_relief(pen: Pen, z: dict, at: dict, contour: np.ndarray) -> None:
     "Soft light and shadow over the bare face."
     e, w, x = at['eye'], at['width'], .104 + .0135*z['eye_spacing']
-    patches = [(.5, e - .15, .13, .07, -.14*z['bossing']), (.5, e - .15, .016, .10, -.16*max(0, z['metopic'])),
-               (.5, e - .005, .03, .025, -.10*z['bridge_height']), (.5, at['nose'] - .06, .016, .06, -.07*z['bridge_height'] - .12)]
+    patches = [
+        (0.5, e - 0.15, 0.13, 0.07, -0.14 * z['bossing']),
+        (0.5, e - 0.15, 0.016, 0.10, -0.16 * max(0, z['metopic'])),
+        (0.5, e - 0.005, 0.03, 0.025, -0.10 * z['bridge_height']),
+        (0.5, at['nose'] - 0.06, 0.016, 0.06, -0.07 * z['bridge_height'] - 0.12),
+    ]
     for s in (-1, 1):
-        patches += [(.5 + s*x, e - .025, .055, .032, .12*z['eye_depth'] - .08*z['proptosis']), (.5 + s*x, e - .062, .075, .016, -.13*z['ridge']),
-                    (.5 + s*x, e + .045, .045, .018, .12*max(0, z['eye_bags'])), (.5 + s*.62*w, e + .08, .06, .04, -.12*z['cheekbone']),
-                    (.5 + s*.55*w, at['nose'] + .02, .06, .05, -.07*z['cheeks']), (.5 + s*.32*w, at['nose'] - .02, .05, .06, -.12*z['midface']),
-                    (.5 + s*.98*w, at['nose'], .05, .20, .22)]
+        patches += [
+            (0.5 + s * x, e - 0.025, 0.055, 0.032, 0.12 * z['eye_depth'] - 0.08 * z['proptosis']),
+            (0.5 + s * x, e - 0.062, 0.075, 0.016, -0.13 * z['ridge']),
+            (0.5 + s * x, e + 0.045, 0.045, 0.018, 0.12 * max(0, z['eye_bags'])),
+            (0.5 + s * 0.62 * w, e + 0.08, 0.06, 0.04, -0.12 * z['cheekbone']),
+            (0.5 + s * 0.55 * w, at['nose'] + 0.02, 0.06, 0.05, -0.07 * z['cheeks']),
+            (0.5 + s * 0.32 * w, at['nose'] - 0.02, 0.05, 0.06, -0.12 * z['midface']),
+            (0.5 + s * 0.98 * w, at['nose'], 0.05, 0.20, 0.22),
+        ]
     shade(pen, patches, contour)
     if z['ear_tag'] > .3: pen.shape(ellipse(.5 + .93*w, e + .10, .018, .018), pen.tone(.35), pen.tone(.9), .006)
     if z['coarse'] > 0:
@@ -477,12 +660,17 @@ def draw_face(
     skin, tone = SKINS[rng.integers(len(SKINS))], np.array(HAIRS[rng.integers(len(HAIRS))], float)
     hair = tuple(int(v) for v in tone + np.clip(.28*z['hair_light'], -.3, .8)*(np.array([214, 184, 132]) - tone))
     pen = Pen(size, scale, (244, 242, 236), skin, (58, 44, 40))
-    at = layout(z); contour = outline(z, at)
+    at = layout(z)
+    contour = outline(z, at)
     draw_back(pen, z, at, hair)
-    pen.shape(contour, pen.tone(0)); draw_relief(pen, z, at, contour); pen.shape(contour, None, pen.tone(.8), .009)
+    pen.shape(contour, pen.tone(0))
+    draw_relief(pen, z, at, contour)
+    pen.shape(contour, None, pen.tone(0.8), 0.009)
     draw_hair(pen, z, at, hair)
     for side in (-1, 1): draw_eye(pen, z, at, side)
-    draw_nose(pen, z, at); draw_mouth(pen, z, at); draw_brows(pen, z, at, hair)
+    draw_nose(pen, z, at)
+    draw_mouth(pen, z, at)
+    draw_brows(pen, z, at, hair)
     dx, dy = rng.uniform(-.012, .012, 2)*pen.px
     moved = pen.sheet.transform(pen.sheet.size, Image.AFFINE, (1, 0, dx, 0, 1, dy), fillcolor=pen.paper)
     return moved.resize((size, size), Image.LANCZOS)
@@ -522,20 +710,31 @@ def contact_sheet(
     sheet = Image.new('RGB', (left + side*max(map(len, rows)), (side + head)*len(rows)), 'white')
     pen = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
-        for x, im in enumerate(row): sheet.paste(im.convert('RGB').resize((side, side), Image.LANCZOS), (left + x*side, y*(side + head) + head))
-    for n, t in enumerate(titles): pen.text((2 + n*side, 1) if over else (4, n*side + side//2 - 6), t[:26 if not over else 15], fill=(40, 40, 40))
+        for x, im in enumerate(row):
+            sheet.paste(
+                im.convert('RGB').resize((side, side), Image.LANCZOS), (left + x * side, y * (side + head) + head)
+            )
+    for n, t in enumerate(titles):
+        pen.text(
+            (2 + n * side, 1) if over else (4, n * side + side // 2 - 6), t[: 26 if not over else 15], fill=(40, 40, 40)
+        )
     return sheet
 
 # %% ../nbs/15_portraits.ipynb #0065
 def _to_rgb(im: Image.Image) -> Image.Image:
     "Any mode to 8-bit RGB; transparency over white."
     if im.mode.startswith(('I', 'F')):
-        a = np.asarray(im, float); top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
+        a = np.asarray(im, float)
+        top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
         im = Image.fromarray((255*np.clip(a/top, 0, 1)).astype('uint8'))
     if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
-        im = im.convert('RGBA'); white = Image.new('RGBA', im.size, 'white'); white.alpha_composite(im); im = white
+        im = im.convert('RGBA')
+        white = Image.new('RGBA', im.size, 'white')
+        white.alpha_composite(im)
+        im = white
     return im.convert('RGB')
 
+# %% ../nbs/15_portraits.ipynb #0065-1
 def load_image(
     path: Path | str,   # picture of any common format, or a `.npy` vector
     size: int = 64,     # pixels a side
@@ -544,10 +743,23 @@ def load_image(
     try:
         if Path(path).suffix == '.npy':
             v = np.load(path, allow_pickle=False)
-            if not isinstance(v, np.ndarray) or v.ndim != 1 or not len(v) or v.dtype.kind not in 'fiu' or not np.isfinite(v.astype('float32')).all():
-                raise InputError(f"an embedding is one vector of finite numbers, not {getattr(v, 'dtype', 'an archive')} of shape {getattr(v, 'shape', '()')}", file=path)
+            if (
+                not isinstance(v, np.ndarray)
+                or v.ndim != 1
+                or not len(v)
+                or v.dtype.kind not in 'fiu'
+                or not np.isfinite(v.astype('float32')).all()
+            ):
+                raise InputError(
+                    f"an embedding is one vector of finite numbers, not {getattr(v, 'dtype', 'an archive')} of shape {getattr(v, 'shape', '()')}",
+                    file=path,
+                )
             return v.astype('float32')
         with Image.open(path) as file: im = _to_rgb(ImageOps.exif_transpose(file))
-    except InputError: raise
-    except Exception as e: raise InputError(f'is not a readable picture: {printable(e)}', file=path) from e    # damage makes decoders raise anything
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            f'is not a readable picture: {printable(e)}', file=path
+        ) from e  # damage makes decoders raise anything
     return np.asarray(ImageOps.fit(im, (size, size), Image.LANCZOS), 'float32').transpose(2, 0, 1)/255

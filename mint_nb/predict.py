@@ -24,16 +24,22 @@ from .methods import build_ranker, get_method, hpo, with_findings, wrong_images
 def read_texts(path: Path) -> dict[str, str]:
     "Texts by case id from a file that may have been cut by a crash."
     texts = {}
-    for line in path.read_bytes().split(b'\n') if path.exists() else ():     # not splitlines: a text may hold other line ends
-        with suppress(ValueError, KeyError, TypeError, RecursionError): texts |= {(row := json.loads(line))['case_id']: row['text']}
+    for line in (
+        path.read_bytes().split(b'\n') if path.exists() else ()
+    ):  # not splitlines: a text may hold other line ends
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            texts |= {(row := json.loads(line))['case_id']: row['text']}
     return {i: t for i, t in texts.items() if isinstance(i, str) and isinstance(t, str)}
 
 def append_texts(path: Path, texts: dict[str, str]) -> None:
     "Add texts to a file, at once and to the disk."
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('a') as f:
-        f.write('\n' + ''.join(json.dumps({'case_id': i, 'text': t}, ensure_ascii=False) + '\n' for i, t in texts.items()))
-        f.flush(); os.fsync(f.fileno())
+        f.write(
+            '\n' + ''.join(json.dumps({'case_id': i, 'text': t}, ensure_ascii=False) + '\n' for i, t in texts.items())
+        )
+        f.flush()
+        os.fsync(f.fileno())
 
 # %% ../nbs/59_predict.ipynb #0006
 def predict_method(
@@ -43,12 +49,16 @@ def predict_method(
 ) -> dict:               # the manifest entry
     "Let one method rank the test cases."
     how, out = get_method(method), f'predictions/{method}-{seed}'
-    if '_wrong_image' in method and run.task.view != 'image': raise InputError('this task shows no image', field='method', record=method)
+    if '_wrong_image' in method and run.task.view != 'image':
+        raise InputError('this task shows no image', field='method', record=method)
     make_cohort(run)
     reads, sections = ['cases/cases.parquet', 'cases/catalogue.json', *how.needs(run, seed)], ['task', *how.sections]
     extra = [method, seed]
     def body():
-        ranker, part = build_ranker(run, method, seed), run/f"predictions/.{method}-{seed}-{stage_key(run, 'mint_nb.predict', sections, reads, extra)}.jsonl"
+        ranker, part = (
+            build_ranker(run, method, seed),
+            run / f"predictions/.{method}-{seed}-{stage_key(run, 'mint_nb.predict', sections, reads, extra)}.jsonl",
+        )
         if how.texts: ranker = replace(ranker, texts=read_texts(part), on_text=lambda new: append_texts(part, new))
         cases = wrong_images(run.cases('test'), seed) if '_wrong_image' in method else run.cases('test')
         write_table(run/f'{out}.parquet', ranker.rank(with_findings(cases) if how.findings else cases))
@@ -73,5 +83,17 @@ def predict_omim(
         ontology, cases = hpo(), with_findings(run.cases('test'))
         everything = gene_catalogue(ontology) if run.task.label == 'gene' else catalogue_of(ontology)
         for name, control in kinds.items():
-            write_table(run/f'predictions/omim-{name}.parquet', NaiveBayesRanker(ontology, everything, leak_control=control).rank(cases, top=50))
-    return run_stage(run, 'predict/omim', body, 'mint_nb.predict', ['task'], ['cases/cases.parquet'], [f'predictions/omim-{n}.parquet' for n in kinds])
+            write_table(
+                run / f'predictions/omim-{name}.parquet',
+                NaiveBayesRanker(ontology, everything, leak_control=control).rank(cases, top=50),
+            )
+
+    return run_stage(
+        run,
+        'predict/omim',
+        body,
+        'mint_nb.predict',
+        ['task'],
+        ['cases/cases.parquet'],
+        [f'predictions/omim-{n}.parquet' for n in kinds],
+    )

@@ -21,9 +21,13 @@ def dataset_card(
     example: dict,  # a row to show
 ) -> str:           # Markdown with a YAML header
     "The README of a preference dataset."
-    head = {'pretty_name': f"MINT preferences, {info['task']}, {info['variant']}", 'task_categories': ['text-generation'], 'language': ['en'],
-            'tags': ['preference', 'orpo', 'dpo', 'rare-disease'] + (['simulated'] if info['simulated'] else []),
-            'configs': [{'config_name': 'default', 'data_files': [{'split': 'train', 'path': 'train.parquet'}]}]}
+    head = {
+        'pretty_name': f"MINT preferences, {info['task']}, {info['variant']}",
+        'task_categories': ['text-generation'],
+        'language': ['en'],
+        'tags': ['preference', 'orpo', 'dpo', 'rare-disease'] + (['simulated'] if info['simulated'] else []),
+        'configs': [{'config_name': 'default', 'data_files': [{'split': 'train', 'path': 'train.parquet'}]}],
+    }
     facts = '\n'.join(f'| {k} | {v} |' for k, v in info.items() if k not in ('checks', 'simulated'))
     shown = '\n\n'.join(f"**{p}**\n```\n{example[p][-1]['content']}\n```" for p in ('prompt', 'chosen', 'rejected'))
     return f"""---\n{yaml.safe_dump(head, sort_keys=False)}---
@@ -50,26 +54,51 @@ def preferences(
 ) -> dict:                   # the manifest entry
     "Make the preference dataset of one variant and seed."
     view = PAIR_SETS[variant].view or run.params.teacher.view
-    make_cohort(run); upstream(run, seed, view)
+    make_cohort(run)
+    upstream(run, seed, view)
     name = f'preferences/{variant}-{seed}'
-    return run_stage(run, name, lambda: write_preferences(run, seed, variant, view), 'mint_nb.preferences', ['task', 'pairs'],
-                     ['cases/cases.parquet', 'cases/catalogue.json', f'upstream/{view}-{seed}/train.parquet'], [name], [seed, variant])
+    return run_stage(
+        run,
+        name,
+        lambda: write_preferences(run, seed, variant, view),
+        'mint_nb.preferences',
+        ['task', 'pairs'],
+        ['cases/cases.parquet', 'cases/catalogue.json', f'upstream/{view}-{seed}/train.parquet'],
+        [name],
+        [seed, variant],
+    )
 
 # %% ../nbs/39_preferences.ipynb #0012a
 def write_preferences(run: Run, seed: int, variant: str, view: str) -> None:
     "Build, check and write the rows of one variant."
     import pandas as pd
     params = run.params.pairs.model_copy(update=PAIR_SETS[variant].changes)
-    rows = make_pairs(teacher_rankings(run, seed, 'train', view), run.cases('train'), run.catalogue, run.task, params, seed)
+    rows = make_pairs(
+        teacher_rankings(run, seed, 'train', view), run.cases('train'), run.catalogue, run.task, params, seed
+    )
     warnings, shown = refuse(checks(rows)), rows[0]
-    if not run.shows_cases: warnings, shown = without_cases(warnings), {p: [{'content': '(the cases are real and not shown)'}] for p in ('prompt', 'chosen', 'rejected')}
+    if not run.shows_cases:
+        warnings, shown = (
+            without_cases(warnings),
+            {p: [{'content': '(the cases are real and not shown)'}] for p in ('prompt', 'chosen', 'rejected')},
+        )
     for w in warnings: print(w)
-    info = {'task': run.params.task, 'variant': variant, 'teacher': f'{view}-{seed}', 'seed': seed, **pair_summary(rows), 'gold': params.gold,
-            'n_rejected': params.n_rejected, 'simulated': bool(read_json(run/'cases/card.json')['simulated']), 'checks': [str(w) for w in warnings]}
+    info = {
+        'task': run.params.task,
+        'variant': variant,
+        'teacher': f'{view}-{seed}',
+        'seed': seed,
+        **pair_summary(rows),
+        'gold': params.gold,
+        'n_rejected': params.n_rejected,
+        'simulated': bool(read_json(run / 'cases/card.json')['simulated']),
+        'checks': [str(w) for w in warnings],
+    }
     with atomic_path(run/f'preferences/{variant}-{seed}') as tmp:
         tmp.mkdir()
         pd.DataFrame(rows).to_parquet(tmp/'train.parquet', index=False)
-        (tmp/'README.md').write_text(dataset_card(info, shown)); write_json(tmp/'card.json', info)
+        (tmp / 'README.md').write_text(dataset_card(info, shown))
+        write_json(tmp / 'card.json', info)
 
 # %% ../nbs/39_preferences.ipynb #0013
 def preference_rows(

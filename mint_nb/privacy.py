@@ -68,7 +68,9 @@ def outputs(nb: Any) -> Iterator[tuple[int, str]]:   # number of the cell, text
     for i, cell in enumerate(nb['cells']):
         for o in cell.get('outputs', ()):
             yield from ((i, flat(o[k])) for k in ('text', 'evalue', 'traceback') if o.get(k))
-            yield from ((i, flat(v)) for kind, v in o.get('data', {}).items() if kind.startswith('text/') or 'svg' in kind)
+            yield from (
+                (i, flat(v)) for kind, v in o.get('data', {}).items() if kind.startswith('text/') or 'svg' in kind
+            )
 
 # %% ../nbs/18_privacy.ipynb #0018
 def run_secrets(run: Run) -> Secrets:
@@ -82,7 +84,9 @@ def check_page(run: Run, text: str, file: Path | str) -> None:
 
 def _shown(what: str, file: Path | str, cell: Optional[int] = None) -> InputError:
     hint = 'delete the file and run again, or allow it with --show-cases'
-    return InputError(f'shows {what} of a real case', file=file, field=None if cell is None else f'output of cell {cell}', hint=hint)
+    return InputError(
+        f'shows {what} of a real case', file=file, field=None if cell is None else f'output of cell {cell}', hint=hint
+    )
 
 # %% ../nbs/18_privacy.ipynb #0019
 def check_shown(
@@ -95,7 +99,11 @@ def check_shown(
         for cell, text in outputs(read_json(copy)):
             count += 1
             if what := leak(text, secrets): raise _shown(what, copy, cell)
-    for page in [run/'analysis/report.html', *sorted(run.path.glob('analysis/*.md')), *sorted(run.path.glob('preferences/*/README.md'))]:
+    for page in [
+        run / 'analysis/report.html',
+        *sorted(run.path.glob('analysis/*.md')),
+        *sorted(run.path.glob('preferences/*/README.md')),
+    ]:
         if page.exists() and (what := leak(page.read_text(), secrets)): raise _shown(what, page)
         count += page.exists()
     return count

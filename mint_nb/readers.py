@@ -38,9 +38,20 @@ def check_archive(archive: zipfile.ZipFile, path: Path) -> None:
     "Refuse an archive with an entry that points outside, is a link, or is unreasonably large."
     for info in archive.infolist():
         name = info.filename
-        if name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name) or ':' in name or stat.S_ISLNK(info.external_attr >> 16):
+        if (
+            name.startswith(('/', '\\'))
+            or '..' in re.split(r'[/\\]', name)
+            or ':' in name
+            or stat.S_ISLNK(info.external_attr >> 16)
+        ):
             raise InputError('an entry points outside the archive; nothing was read', file=path, record=name)
-        if info.file_size > MAX_ENTRY: raise InputError(f'an entry has {info.file_size} bytes; nothing was read', file=path, record=name, hint=f'{MAX_ENTRY} are the most')
+        if info.file_size > MAX_ENTRY:
+            raise InputError(
+                f'an entry has {info.file_size} bytes; nothing was read',
+                file=path,
+                record=name,
+                hint=f'{MAX_ENTRY} are the most',
+            )
 
 # %% ../nbs/13_readers.ipynb #0091
 def _zip_entries(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -48,9 +59,14 @@ def _zip_entries(path: Path) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(path) as z:
             check_archive(z, path)
             for name in sorted(z.namelist()):
-                if name.endswith('.json') and not Path(name).name.startswith('.'): yield f'{path.name}/{name}', z.read(name)
-    except InputError: raise
-    except Exception as e: raise InputError(f'is not a readable zip: {printable(e)}', file=path) from e    # damage makes zipfile and its decompressors raise anything
+                if name.endswith('.json') and not Path(name).name.startswith('.'):
+                    yield f'{path.name}/{name}', z.read(name)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            f'is not a readable zip: {printable(e)}', file=path
+        ) from e  # damage makes zipfile and its decompressors raise anything
 
 # %% ../nbs/13_readers.ipynb #0092
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -66,9 +82,15 @@ def documents(
     path: Path | str,    # a .json file, a folder of them, a .zip of them, or .jsonl (also .jsonl.gz)
 ) -> Iterator[tuple[str, Any]]:   # where it stands, and the object (an `InputError` if it cannot be read)
     "All JSON objects of a source, in a fixed order."
-    path = Path(path); found: Iterator[tuple[str, bytes]]
+    path = Path(path)
+    found: Iterator[tuple[str, bytes]]
     if not path.exists(): raise InputError('does not exist', file=path)
-    if path.is_dir(): found = ((p.relative_to(path).as_posix(), p.read_bytes()) for p in sorted(path.rglob('*.json')) if not p.name.startswith('.') and p.is_file())
+    if path.is_dir():
+        found = (
+            (p.relative_to(path).as_posix(), p.read_bytes())
+            for p in sorted(path.rglob('*.json'))
+            if not p.name.startswith('.') and p.is_file()
+        )
     elif path.suffix == '.zip': found = _zip_entries(path)
     elif path.name.endswith(('.jsonl', '.jsonl.gz')): found = _lines(path)
     elif path.suffix == '.json': found = iter([(path.name, path.read_bytes())])
@@ -76,14 +98,25 @@ def documents(
     for place, raw in found:
         try:
             obj = json.loads(raw)
-            if b'\\ud' in raw.lower(): json.dumps(obj, ensure_ascii=False).encode()      # half a character, which no file could hold
-        except (ValueError, RecursionError) as e: obj = InputError(f'is not valid JSON: {printable(e)}', file=place)
+            if b'\\ud' in raw.lower():
+                json.dumps(obj, ensure_ascii=False).encode()  # half a character, which no file could hold
+        except (ValueError, RecursionError) as e:
+            obj = InputError(f'is not valid JSON: {printable(e)}', file=place)
         if not isinstance(obj, (dict, InputError)): obj = InputError('is not a JSON object', file=place)
         yield place, obj
 
 # %% ../nbs/13_readers.ipynb #0096
-ONSETS = {'HP:0003577': 0.0, 'HP:0003623': 0.05, 'HP:0003593': 0.5, 'HP:0011463': 4.0, 'HP:0003621': 10.0, 'HP:0003581': 30.0,
-          'HP:0011462': 30.0, 'HP:0003596': 50.0, 'HP:0003584': 70.0}     # years, about the middle of each period
+ONSETS = {
+    'HP:0003577': 0.0,
+    'HP:0003623': 0.05,
+    'HP:0003593': 0.5,
+    'HP:0011463': 4.0,
+    'HP:0003621': 10.0,
+    'HP:0003581': 30.0,
+    'HP:0011462': 30.0,
+    'HP:0003596': 50.0,
+    'HP:0003584': 70.0,
+}     # years, about the middle of each period
 OLDEST = 130     # years
 DURATION = re.compile(r'P(?=\d)' + ''.join(rf'(?:(\d+(?:\.\d+)?){u})?' for u in 'YMWD') + r'(?:T.*)?')
 
@@ -97,10 +130,20 @@ def age_in_years(
     text = stated.get('iso8601duration') if isinstance(stated, dict) else stated
     if text is None: return ONSETS.get(str(inside(time, 'ontologyClass').get('id')))
     m = DURATION.fullmatch(str(text))
-    if not m: raise InputError(f'{printable(text, 40)!r} is not an ISO 8601 duration', field='subject.timeAtLastEncounter', hint="for example 'P4Y6M'")
+    if not m:
+        raise InputError(
+            f'{printable(text, 40)!r} is not an ISO 8601 duration',
+            field='subject.timeAtLastEncounter',
+            hint="for example 'P4Y6M'",
+        )
     y, mo, w, d = (float(x or 0) for x in m.groups())
     age = round(y + mo/12 + w/52.18 + d/365.25, 3)
-    if not age < OLDEST: raise InputError(f'{printable(text, 40)!r} is no age of a person', field='subject.timeAtLastEncounter', hint="for example 'P4Y6M'")
+    if not age < OLDEST:
+        raise InputError(
+            f'{printable(text, 40)!r} is no age of a person',
+            field='subject.timeAtLastEncounter',
+            hint="for example 'P4Y6M'",
+        )
     return age
 
 # %% ../nbs/13_readers.ipynb #0099
@@ -110,15 +153,23 @@ def _listed(obj: Any, key: str) -> list:
     return [x for x in v if isinstance(x, dict)] if isinstance(v, list) else []
 
 # %% ../nbs/13_readers.ipynb #0100
-def _resolve_term(raw: Any, ontology: Ontology, place: dict, strict: bool) -> tuple[Optional[str], Optional[InputWarning]]:
+def _resolve_term(
+    raw: Any, ontology: Ontology, place: dict, strict: bool
+) -> tuple[Optional[str], Optional[InputWarning]]:
     "Current id of a term as written, and what there is to say about it."
     id, how = ontology.resolve(str(raw))
     if how == 'unknown' or id is None:
         raw = printable(raw, 40)
-        if strict: raise InputError(f'{raw} is not a term of HPO {ontology.version}', **place, hint='a newer release may know it')
+        if strict:
+            raise InputError(
+                f'{raw} is not a term of HPO {ontology.version}', **place, hint='a newer release may know it'
+            )
         return None, InputWarning(f'{raw} is not a term of HPO {ontology.version}; left out', **place)
-    if not is_phenotype(ontology, id): return None, InputWarning(f'{id} ({ontology.label(id)}) is not a phenotypic abnormality; left out', **place)
-    return id, InputWarning(f'{printable(raw, 40)} is obsolete; read as {id} ({ontology.label(id)})', **place) if how == 'obsolete' else None
+    if not is_phenotype(ontology, id):
+        return None, InputWarning(f'{id} ({ontology.label(id)}) is not a phenotypic abnormality; left out', **place)
+    return id, InputWarning(
+        f'{printable(raw, 40)} is obsolete; read as {id} ({ontology.label(id)})', **place
+    ) if how == 'obsolete' else None
 
 # %% ../nbs/13_readers.ipynb #0101
 def read_findings(
@@ -140,11 +191,17 @@ def read_findings(
 def _labels(obj: dict) -> dict:
     "Diagnosis and gene of a phenopacket, as far as stated."
     diagnoses = [i['diagnosis'] for i in _listed(obj, 'interpretations') if isinstance(i.get('diagnosis'), dict)]
-    terms = [d.get('disease') for d in diagnoses] + [d.get('term') for d in _listed(obj, 'diseases') if not d.get('excluded')]
+    terms = [d.get('disease') for d in diagnoses] + [
+        d.get('term') for d in _listed(obj, 'diseases') if not d.get('excluded')
+    ]
     term = next((t for t in terms if isinstance(t, dict) and t.get('id')), {})
     text = json.dumps(diagnoses[:1])
     gene = re.search(r'"geneContext": \{[^{}]*"symbol": "([^"]+)"', text)
-    return {k: str(v) for k, v in (('disease', term.get('id')), ('disease_name', term.get('label')), ('gene', gene and gene[1])) if v}
+    return {
+        k: str(v)
+        for k, v in (('disease', term.get('id')), ('disease_name', term.get('label')), ('gene', gene and gene[1]))
+        if v
+    }
 
 # %% ../nbs/13_readers.ipynb #0105
 def publication_id(
@@ -152,7 +209,11 @@ def publication_id(
     bare: bool = False,   # a number alone is a PubMed id
 ) -> str:                 # 'PMID:28239884' for a PubMed id in any usual form, else the text
     "One form for a publication, so that its cases stay on one side and annotations from it are recognised."
-    m = re.fullmatch(r'(pmid[:_\s-]*|(?:https?://)?(?:www\.)?(?:pubmed\.ncbi\.nlm\.nih\.gov|ncbi\.nlm\.nih\.gov/pubmed)/)?(\d{1,9})(?:\.0)?/?(?:\s*[,;].*)?', text.strip(), flags=re.I)
+    m = re.fullmatch(
+        r'(pmid[:_\s-]*|(?:https?://)?(?:www\.)?(?:pubmed\.ncbi\.nlm\.nih\.gov|ncbi\.nlm\.nih\.gov/pubmed)/)?(\d{1,9})(?:\.0)?/?(?:\s*[,;].*)?',
+        text.strip(),
+        flags=re.I,
+    )
     return f'PMID:{m[2]}' if m and (m[1] or bare) else text.strip()
 
 def _publication(obj: dict) -> str:
@@ -171,45 +232,79 @@ def parse_phenopacket(
     "One patient."
     case_id = str(obj.get('id') or '').strip()
     if not case_id: raise InputError('a phenopacket needs an id', file=file, field='id')
-    place, subject = {'file': file, 'record': case_id}, obj.get('subject') if isinstance(obj.get('subject'), dict) else {}
+    place, subject = (
+        {'file': file, 'record': case_id},
+        obj.get('subject') if isinstance(obj.get('subject'), dict) else {},
+    )
     type_id = lambda f: f['type'].get('id') if isinstance(f.get('type'), dict) else None
     terms = [(type_id(f), bool(f.get('excluded'))) for f in _listed(obj, 'phenotypicFeatures')]
     if not terms: raise InputError('has no phenotypes', **place, field='phenotypicFeatures')
     found, problems = read_findings(terms, ontology, place, strict)
     if all(f.excluded for f in found):
-        raise InputError('has no usable phenotype that is present' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypicFeatures')
-    try: age = age_in_years(subject.get('timeAtLastEncounter'))
+        raise InputError(
+            'has no usable phenotype that is present' + ''.join(f'; {p.problem}' for p in problems[:1]),
+            **place,
+            field='phenotypicFeatures',
+        )
+    try:
+        age = age_in_years(subject.get('timeAtLastEncounter'))
     except InputError as e:
-        if strict: raise InputError(e.problem, **place, field=e.field, hint=e.hint) from e
-        age = None; problems.append(InputWarning(f'{e.problem}; left out', **place, field=e.field))
-    return Case(case_id, phenotypes=found, age=age, sex={'FEMALE': 'female', 'MALE': 'male'}.get(str(subject.get('sex'))),
-                labels=_labels(obj) if labels else {}, group=_publication(obj) or case_id), problems
+        if strict:
+            raise InputError(e.problem, **place, field=e.field, hint=e.hint) from e
+        age = None
+        problems.append(InputWarning(f'{e.problem}; left out', **place, field=e.field))
+    return Case(
+        case_id,
+        phenotypes=found,
+        age=age,
+        sex={'FEMALE': 'female', 'MALE': 'male'}.get(str(subject.get('sex'))),
+        labels=_labels(obj) if labels else {},
+        group=_publication(obj) or case_id,
+    ), problems
 
 # %% ../nbs/13_readers.ipynb #0111
-NOTE_FIELDS = {'id': ('id', 'phenopacket_id', 'case_id'), 'note': ('note', 'clinical_note'), 'disease': ('disease_id', 'omim_id'),
-               'disease_name': ('disease', 'disease_name'), 'gene': ('gene',), 'group': ('group', 'pmid_norm', 'pmid')}
+NOTE_FIELDS = {
+    'id': ('id', 'phenopacket_id', 'case_id'),
+    'note': ('note', 'clinical_note'),
+    'disease': ('disease_id', 'omim_id'),
+    'disease_name': ('disease', 'disease_name'),
+    'gene': ('gene',),
+    'group': ('group', 'pmid_norm', 'pmid'),
+}
 
+# %% ../nbs/13_readers.ipynb #0111-1
 def parse_note(
     obj: dict, ontology: Ontology,
     file: str = '', strict: bool = True, labels: bool = True,   # as in `parse_phenopacket`
 ) -> tuple[Case, list[InputWarning]]:
     "One patient from a plain note or a list of terms; without an id it is called after its place in the file."
-    get = {k: next((str(obj[n]).strip() for n in names if obj.get(n) not in (None, '')), '') for k, names in NOTE_FIELDS.items()}
+    get = {
+        k: next((str(obj[n]).strip() for n in names if obj.get(n) not in (None, '')), '')
+        for k, names in NOTE_FIELDS.items()
+    }
     get['id'] = get['id'] or re.sub(r'\W+', '-', file)
     get['group'] = publication_id(get['group'], bare=obj.get('group') in (None, ''))
     place = {'file': file, 'record': get['id']}
     terms = obj.get('phenotypes') or []
-    if not get['note'] and not terms: raise InputError("a plain record needs a 'note' or 'phenotypes'", **place, field='note')
+    if not get['note'] and not terms:
+        raise InputError("a plain record needs a 'note' or 'phenotypes'", **place, field='note')
     if not isinstance(terms, list): raise InputError('is not a list of HPO ids', **place, field='phenotypes')
     found, problems = read_findings([(t, False) for t in terms], ontology, place, strict)
     try: age = None if obj.get('age') in (None, '') else float(obj['age'])
     except (TypeError, ValueError, OverflowError): age = float('nan')
-    if age is not None and not 0 <= age < OLDEST: raise InputError(f'{printable(repr(obj["age"]), 40)} is not an age in years', **place, field='age')
+    if age is not None and not 0 <= age < OLDEST:
+        raise InputError(f'{printable(repr(obj["age"]), 40)} is not an age in years', **place, field='age')
     sex = {'f': 'female', 'm': 'male'}.get(str(obj.get('sex') or '')[:1].lower())
     known = {k: get[k] for k in ('disease', 'disease_name', 'gene') if get[k]} if labels else {}
-    if get['note']: found = tuple(replace(f, view=view_of(f, True, ontology)) for f in found)
-    elif not found: raise InputError('has no usable phenotype' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypes')
-    return Case(get['id'], note=get['note'], sex=sex, age=age, phenotypes=found, labels=known, group=get['group'] or get['id']), problems
+    if get['note']:
+        found = tuple(replace(f, view=view_of(f, True, ontology)) for f in found)
+    elif not found:
+        raise InputError(
+            'has no usable phenotype' + ''.join(f'; {p.problem}' for p in problems[:1]), **place, field='phenotypes'
+        )
+    return Case(
+        get['id'], note=get['note'], sex=sex, age=age, phenotypes=found, labels=known, group=get['group'] or get['id']
+    ), problems
 
 # %% ../nbs/13_readers.ipynb #0114
 def load_phenopackets(
@@ -227,24 +322,34 @@ def load_phenopackets(
             parse = parse_phenopacket if {'phenotypicFeatures', 'subject', 'metaData'} & obj.keys() else parse_note
             try: case, found = parse(obj, ontology, place, strict, labels)
             except RecursionError as e: raise InputError('is nested too deeply', file=place) from e
-            if case.id in cases: raise InputError('another record has the same id', file=place, record=case.id, field='id')
-            cases[case.id] = case; problems += found
+            if case.id in cases:
+                raise InputError('another record has the same id', file=place, record=case.id, field='id')
+            cases[case.id] = case
+            problems += found
         except InputError as e:
-            if strict: raise
+            if strict:
+                raise
             problems.append(e)
     if not cases and not problems: raise InputError('holds no cases', file=path, hint='phenopackets end in .json')
     return list(cases.values()), problems
 
 # %% ../nbs/13_readers.ipynb #0123
-def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, strict: bool, labels: bool) -> tuple[Case, list[InputWarning]]:
+def _gmdb_case(
+    row: dict, crop: Optional[Path], ontology: Ontology, file: Path, strict: bool, labels: bool
+) -> tuple[Case, list[InputWarning]]:
     "A case from a row of the metadata table."
-    terms = [(t, ex) for k, ex in (('present_features', False), ('absent_features', True)) for t in re.findall(r'HP:\d+', row.get(k, ''))]
+    terms = [
+        (t, ex)
+        for k, ex in (('present_features', False), ('absent_features', True))
+        for t in re.findall(r'HP:\d+', row.get(k, ''))
+    ]
     place = {'file': file.name, 'record': row['image_id']}
     for k in ('image_id', 'patient_id'):
         if not row[k].strip(): raise InputError('is empty', **place, field=k)
     found, problems = read_findings(terms, ontology, place, strict)
     if crop is None: problems.append(InputWarning('the crop is missing', **place, field='image_id'))
-    if crop is None and not any(not f.excluded for f in found): raise InputError('has neither findings nor a crop', **place)
+    if crop is None and not any(not f.excluded for f in found):
+        raise InputError('has neither findings nor a crop', **place)
     written = [row.get(k, '').strip() for k in ('age_year', 'age_month')]
     known = any(written) and all(re.fullmatch(r'\d{1,3}(\.\d{1,9})?', w or '0') for w in written)
     omim, own = re.findall(r'\d{6}', row.get('omim_ids', '')), row.get('internal_syndrome_id', '')
@@ -252,11 +357,21 @@ def _gmdb_case(row: dict, crop: Optional[Path], ontology: Ontology, file: Path, 
     name = row.get('internal_syndrome_name') or row.get('disorder_names')
     told = {k: v for k, v in (('disease', disease), ('disease_name', name)) if v and labels}
     age = float(written[0] or 0) + float(written[1] or 0)/12 if known else None
-    if any(written) and not known: problems.append(InputWarning('is not readable; the age is left out', **place, field='age_year'))
-    if age is not None and age >= OLDEST: age = None; problems.append(InputWarning('is no age of a person; left out', **place, field='age_year'))
+    if any(written) and not known:
+        problems.append(InputWarning('is not readable; the age is left out', **place, field='age_year'))
+    if age is not None and age >= OLDEST:
+        age = None
+        problems.append(InputWarning('is no age of a person; left out', **place, field='age_year'))
     sex = {'f': 'female', 'm': 'male'}.get(row.get('gender', '')[:1].lower())
-    return Case(f"GMDB-{row['image_id']}", image=str(crop.resolve()) if crop else None, phenotypes=found, age=age, sex=sex, group=f"GMDB:{row['patient_id']}",
-                labels=told), problems
+    return Case(
+        f"GMDB-{row['image_id']}",
+        image=str(crop.resolve()) if crop else None,
+        phenotypes=found,
+        age=age,
+        sex=sex,
+        group=f"GMDB:{row['patient_id']}",
+        labels=told,
+    ), problems
 
 # %% ../nbs/13_readers.ipynb #0124
 def gmdb_table(folder: Path | str) -> Optional[Path]:
@@ -274,19 +389,28 @@ def load_gmdb(
     import pandas as pd
     file, cases, problems, taken = gmdb_table(folder), [], [], set()
     if file is None: raise InputError('holds no *metadata*.tsv', file=folder)
-    try: table = pd.read_csv(file, sep='\t', dtype=str, keep_default_na=False, index_col=False).fillna('')
-    except (ValueError, OverflowError) as e: raise InputError(f'is not a readable table: {printable(e)}', file=file) from e
+    try:
+        table = pd.read_csv(file, sep='\t', dtype=str, keep_default_na=False, index_col=False).fillna('')
+    except (ValueError, OverflowError) as e:
+        raise InputError(f'is not a readable table: {printable(e)}', file=file) from e
     missing = [c for c in ('image_id', 'patient_id', 'present_features') if c not in table]
     if missing: raise InputError('the table lacks columns', file=file, field=', '.join(missing))
     crops = {p.name.split('_')[0]: p for ext in ('jpg', 'png') for p in Path(folder).rglob(f'*_aligned.{ext}')}
     for row in table.to_dict('records'):
         try:
             case, found = _gmdb_case(row, crops.get(row['image_id']), ontology, file, on_error == 'raise', labels)
-            if case.id in taken: raise InputError('another row has the same image', file=file.name, record=row['image_id'], field='image_id')
+            if case.id in taken:
+                raise InputError(
+                    'another row has the same image', file=file.name, record=row['image_id'], field='image_id'
+                )
         except InputError as e:
-            if on_error == 'raise': raise
-            problems.append(e); continue
-        cases.append(case); problems += found; taken.add(case.id)
+            if on_error == 'raise':
+                raise
+            problems.append(e)
+            continue
+        cases.append(case)
+        problems += found
+        taken.add(case.id)
     return cases, problems
 
 # %% ../nbs/13_readers.ipynb #0131
@@ -308,20 +432,38 @@ def new_cases(
 ) -> tuple[list[Case], list[InputError]]:   # cases with notes and without labels, and what was wrong
     "Read cases to predict, never their diagnosis."
     cases, problems = load_cases(path, ontology, on_error='list', labels=False)
-    return [add_note(c, ontology, params.note_style, params.max_findings, params.note_noise, params.seed) for c in cases], problems
+    return [
+        add_note(c, ontology, params.note_style, params.max_findings, params.note_noise, params.seed) for c in cases
+    ], problems
 
 # %% ../nbs/13_readers.ipynb #0134
 def answer_table(
     cases: Sequence[Case],
-    label: str = 'disease',   # key of `Case.labels`
-) -> 'pd.DataFrame':          # index: answer; columns name (the most common one), cases, groups, with_face (share), facial (mean number of findings)
+    label: str = 'disease',  # key of `Case.labels`
+) -> 'pd.DataFrame':  # index: answer; columns name (the most common one), cases, groups, with_face (share), facial (mean number of findings)
     "How often each answer occurs."
     import pandas as pd
-    rows = [(c.labels[label], c.labels.get(f'{label}_name', c.labels[label]), c.group or c.id, len(c.findings('portrait')))
-            for c in cases if label in c.labels]
-    t = pd.DataFrame(rows, columns=['answer', 'name', 'group', 'facial']).assign(face=lambda t: t.facial > 0).groupby('answer')
+
+    rows = [
+        (c.labels[label], c.labels.get(f'{label}_name', c.labels[label]), c.group or c.id, len(c.findings('portrait')))
+        for c in cases
+        if label in c.labels
+    ]
+    t = (
+        pd.DataFrame(rows, columns=['answer', 'name', 'group', 'facial'])
+        .assign(face=lambda t: t.facial > 0)
+        .groupby('answer')
+    )
     usual = t.name.agg(lambda n: Counter(n).most_common(1)[0][0])
-    return pd.DataFrame({'name': usual, 'cases': t.size(), 'groups': t.group.nunique(), 'with_face': t.face.mean(), 'facial': t.facial.mean()})
+    return pd.DataFrame(
+        {
+            'name': usual,
+            'cases': t.size(),
+            'groups': t.group.nunique(),
+            'with_face': t.face.mean(),
+            'facial': t.facial.mean(),
+        }
+    )
 
 # %% ../nbs/13_readers.ipynb #0137
 def catalogue_of_cases(
@@ -334,7 +476,14 @@ def catalogue_of_cases(
     names = {a: known.get(a, n) for a, n in answers.name.items()}
     twice = {n for n, k in Counter(map(normalise, names.values())).items() if k > 1}
     names = {a: f'{n} ({a})' if normalise(n) in twice else n for a, n in names.items()}
-    other = {a: [n for n in dict.fromkeys([answers.name[a], *(ontology.disease_synonyms(a) if a in known else ())]) if n != names[a]] for a in names}
+    other = {
+        a: [
+            n
+            for n in dict.fromkeys([answers.name[a], *(ontology.disease_synonyms(a) if a in known else ())])
+            if n != names[a]
+        ]
+        for a in names
+    }
     return Catalogue(names, other)
 
 # %% ../nbs/13_readers.ipynb #0140
@@ -349,11 +498,19 @@ def choose_answers(
     enough = t[(t.cases >= params.min_cases) & (t.groups >= params.min_groups) & (t.facial >= params.min_facial)]
     if enough.empty:
         face = f' and {params.min_facial:g} facial findings on average' if params.min_facial else ''
-        raise InputError(f'no {label} has {params.min_cases} cases from {params.min_groups} groups{face}; the most frequent has '
-                         f'{t.cases.max() if len(t) else 0} from {t.groups.max() if len(t) else 0}', file=params.source,
-                         field='cohort.min_cases, cohort.min_groups', hint=f'{len(cases)} cases were read, {t.cases.sum()} with a {label}')
+        raise InputError(
+            f'no {label} has {params.min_cases} cases from {params.min_groups} groups{face}; the most frequent has '
+            f'{t.cases.max() if len(t) else 0} from {t.groups.max() if len(t) else 0}',
+            file=params.source,
+            field='cohort.min_cases, cohort.min_groups',
+            hint=f'{len(cases)} cases were read, {t.cases.sum()} with a {label}',
+        )
     known = enough.index.isin(ontology.diseases) if label == 'disease' else np.ones(len(enough), bool)
-    order = enough.assign(known=known).sample(frac=1, random_state=params.seed).sort_values('known', ascending=False, kind='stable')
+    order = (
+        enough.assign(known=known)
+        .sample(frac=1, random_state=params.seed)
+        .sort_values('known', ascending=False, kind='stable')
+    )
     return order.head(params.diseases or len(order)).drop(columns='known').sort_values('name')
 
 # %% ../nbs/13_readers.ipynb #0142
@@ -365,7 +522,9 @@ def select_cases(
 ) -> list[Case]:         # with `split` set
     "The cases of the chosen answers, split by group and capped."
     mine = [c for c in cases if c.labels.get(label) in answers.index]
-    return split_by_group(mine, {s: getattr(params, s) for s in SHARES if s != 'test' or not params.test_source}, params.seed, label)
+    return split_by_group(
+        mine, {s: getattr(params, s) for s in SHARES if s != 'test' or not params.test_source}, params.seed, label
+    )
 
 # %% ../nbs/13_readers.ipynb #0145
 def outside_test(
@@ -404,12 +563,18 @@ def use_embeddings(
     "Take embeddings of photographs in place of portraits."
     t = read_table(table)
     columns = sorted((c for c in t if re.fullmatch(r'e\d{1,6}', str(c))), key=lambda c: int(c[1:]))
-    if 'case_id' not in t or not columns: raise InputError('needs the columns case_id, e0, e1, ...', file=table, field='cohort.embeddings')
-    try: rows, out = dict(zip(t.case_id.astype(str), t[columns].to_numpy('float32'))), []
-    except (TypeError, ValueError) as e: raise InputError('holds something else than numbers', file=table, field=f'{columns[0]} to {columns[-1]}') from e
-    if bad := next((i for i, v in rows.items() if not np.isfinite(v).all()), None): raise InputError('has numbers that are missing or infinite', file=table, record=bad)
+    if 'case_id' not in t or not columns:
+        raise InputError('needs the columns case_id, e0, e1, ...', file=table, field='cohort.embeddings')
+    try:
+        rows, out = dict(zip(t.case_id.astype(str), t[columns].to_numpy('float32'))), []
+    except (TypeError, ValueError) as e:
+        raise InputError('holds something else than numbers', file=table, field=f'{columns[0]} to {columns[-1]}') from e
+    if bad := next((i for i, v in rows.items() if not np.isfinite(v).all()), None):
+        raise InputError('has numbers that are missing or infinite', file=table, record=bad)
     if not any(c.id in rows for c in cases):
-        raise InputError('has none of the cases', file=table, field='case_id', hint=f'they are called like {cases[0].id}')
+        raise InputError(
+            'has none of the cases', file=table, field='case_id', hint=f'they are called like {cases[0].id}'
+        )
     for c in cases:
         if c.id in rows: np.save(images/f'{file_name(c.id)}.npy', rows[c.id])
         out.append(replace(c, image=f'images/{file_name(c.id)}.npy' if c.id in rows else None))
@@ -424,25 +589,54 @@ def cohort_card(
 ) -> dict:
     "Counts, the choice of answers, and warnings."
     import pandas as pd
-    t = pd.DataFrame([(c.labels.get(label), c.split, c.group, bool(c.findings('portrait')), len(c.note), names_answer(c)) for c in cases],
-                     columns=['answer', 'split', 'group', 'face', 'characters', 'leak'])
-    splits = {s: dict(cases=len(g), groups=g.group.nunique(), answers=g.answer.nunique(), with_face=round(g.face.mean(), 3)) for s, g in t.groupby('split')}
+
+    t = pd.DataFrame(
+        [
+            (c.labels.get(label), c.split, c.group, bool(c.findings('portrait')), len(c.note), names_answer(c))
+            for c in cases
+        ],
+        columns=['answer', 'split', 'group', 'face', 'characters', 'leak'],
+    )
+    splits = {
+        s: dict(cases=len(g), groups=g.group.nunique(), answers=g.answer.nunique(), with_face=round(g.face.mean(), 3))
+        for s, g in t.groupby('split')
+    }
     per = pd.crosstab(t.answer, t.split).reindex(index=catalogue.ids, columns=list(wanted), fill_value=0)
     have = {s: splits[s]['cases'] if s in splits else 0 for s in wanted}
     warn = [f'{s}: {have[s]} cases instead of {n}' for s, n in wanted.items() if have[s] < n]
     warn += [f'{a} ({catalogue.names[a]}) has no training case' for a in catalogue.ids if not per.train[a]]
     if t.leak.any(): warn.append(f'{t.leak.sum()} notes name their own disease or gene')
-    return {'cases': len(cases), 'groups': t.group.nunique(), 'splits': splits, 'characters_per_note': round(t.characters.mean(), 1), 'warnings': warn,
-            'answers': [dict(id=a, name=catalogue.names[a], **{s: int(n) for s, n in per.loc[a].items()}) for a in catalogue.ids]}
+    return {
+        'cases': len(cases),
+        'groups': t.group.nunique(),
+        'splits': splits,
+        'characters_per_note': round(t.characters.mean(), 1),
+        'warnings': warn,
+        'answers': [
+            dict(id=a, name=catalogue.names[a], **{s: int(n) for s, n in per.loc[a].items()}) for a in catalogue.ids
+        ],
+    }
 
 # %% ../nbs/13_readers.ipynb #0162
 def describe_cohort(
     card: dict,   # from `cohort_card`, with the facts about the source added
 ) -> str:
     "The card in a few lines, for a terminal."
-    kind = 'simulated' if card['simulated'] else f"from {card['source']} ({card['read']} read, {card['lost']} lost, {card['corrected']} corrected)"
-    line, hpo = '{:12} {cases:5} cases {groups:5} groups {answers:4} answers', card.get('hpo')   # tiles have neither findings nor an ontology
+    kind = (
+        'simulated'
+        if card['simulated']
+        else f"from {card['source']} ({card['read']} read, {card['lost']} lost, {card['corrected']} corrected)"
+    )
+    line, hpo = (
+        '{:12} {cases:5} cases {groups:5} groups {answers:4} answers',
+        card.get('hpo'),
+    )  # tiles have neither findings nor an ontology
     if hpo: line += ', {with_face:4.0%} with facial findings'
-    return '\n'.join([f"{card['cases']} cases {kind}; {f'HPO {hpo}; ' if hpo else ''}seed {card['seed']}", *(line.format(s, **v) for s, v in card['splits'].items()),
-                      f"{len(card['answers'])} answers chosen by seed: " + '; '.join(a['name'] for a in card['answers']),
-                      *(f'warning: {w}' for w in card['warnings'])])
+    return '\n'.join(
+        [
+            f"{card['cases']} cases {kind}; {f'HPO {hpo}; ' if hpo else ''}seed {card['seed']}",
+            *(line.format(s, **v) for s, v in card['splits'].items()),
+            f"{len(card['answers'])} answers chosen by seed: " + '; '.join(a['name'] for a in card['answers']),
+            *(f'warning: {w}' for w in card['warnings']),
+        ]
+    )

@@ -34,20 +34,31 @@ def categories(
     return {t: short(ontology.label(t)) for t in ontology.terms if PHENOTYPE in ontology.parents(t)}
 
 # %% ../nbs/56_reason.ipynb #0009
-_FINDINGS = ('Step 1. List the findings that the note states, and only those; leave out what is absent or guessed. Sort them under these '
-             'categories of the Human Phenotype Ontology, and name only the categories that apply: {categories}.')
+_FINDINGS = (
+    'Step 1. List the findings that the note states, and only those; leave out what is absent or guessed. Sort them under these '
+    'categories of the Human Phenotype Ontology, and name only the categories that apply: {categories}.'
+)
 _PERSON = "Step 2. What do the patient's age, sex and ethnicity imply? Say so where one of them is not stated."
-_ANSWER = ('Step 5. Settle on the final ranked list of EXACTLY {k} {noun}, most likely first, in this form and with nothing else:\n{form}\n\n{ask}')
+_ANSWER = 'Step 5. Settle on the final ranked list of EXACTLY {k} {noun}, most likely first, in this form and with nothing else:\n{form}\n\n{ask}'
 
-STEPS = MappingProxyType({
-    'diseases': {'findings': _FINDINGS, 'person': _PERSON,
-                 'groups': 'Step 3. Which broad groups of diseases would explain the findings?',
-                 'narrow': 'Step 4. Narrow these groups down by severity, mode of inheritance and the key features that tell them apart.',
-                 'answer': _ANSWER},
-    'genes': {'findings': _FINDINGS, 'person': _PERSON,
-              'groups': 'Step 3. Which genes are associated with diseases that show these findings? Name the gene and the disease.',
-              'narrow': 'Step 4. Weigh these genes by mode of inheritance and by whatever the note states about variants.',
-              'answer': _ANSWER}})
+STEPS = MappingProxyType(
+    {
+        'diseases': {
+            'findings': _FINDINGS,
+            'person': _PERSON,
+            'groups': 'Step 3. Which broad groups of diseases would explain the findings?',
+            'narrow': 'Step 4. Narrow these groups down by severity, mode of inheritance and the key features that tell them apart.',
+            'answer': _ANSWER,
+        },
+        'genes': {
+            'findings': _FINDINGS,
+            'person': _PERSON,
+            'groups': 'Step 3. Which genes are associated with diseases that show these findings? Name the gene and the disease.',
+            'narrow': 'Step 4. Weigh these genes by mode of inheritance and by whatever the note states about variants.',
+            'answer': _ANSWER,
+        },
+    }
+)
 
 # %% ../nbs/56_reason.ipynb #0010
 def steps(
@@ -56,9 +67,18 @@ def steps(
     ontology: Ontology,
 ) -> dict[str, str]:      # name of a step to what is asked
     "The five steps of a task (arXiv 2503.12286; its gene variant for genes)."
-    if task.noun not in STEPS: raise InputError('there are no steps for this task', field='task', record=task.name, hint=f'there are for {", ".join(STEPS)}')
+    if task.noun not in STEPS:
+        raise InputError(
+            'there are no steps for this task', field='task', record=task.name, hint=f'there are for {", ".join(STEPS)}'
+        )
     word = 'GENE' if task.noun == 'genes' else f'{task.noun[:-1].capitalize()} name'
-    filled = dict(categories='; '.join(categories(ontology).values()), k=k, noun=task.noun, form=task.answer([word]*2), ask=task.prompt('', k)[-1]['content'])
+    filled = dict(
+        categories='; '.join(categories(ontology).values()),
+        k=k,
+        noun=task.noun,
+        form=task.answer([word] * 2),
+        ask=task.prompt('', k)[-1]['content'],
+    )
     return {name: text.format(**filled) for name, text in STEPS[task.noun].items()}
 
 # %% ../nbs/56_reason.ipynb #0013
@@ -79,13 +99,21 @@ def protocol_turns(
     constrained: bool = False,              # the list will be held to a catalogue
 ) -> list[Turn]:
     "The turns of a protocol."
-    if protocol not in PROTOCOLS: raise InputError(f'there is no such protocol; there are {", ".join(PROTOCOLS)}', field='protocol', record=protocol)
+    if protocol not in PROTOCOLS:
+        raise InputError(
+            f'there is no such protocol; there are {", ".join(PROTOCOLS)}', field='protocol', record=protocol
+        )
     if protocol in ('plain', 'rag'): return [Turn('answer', task.prompt('', k)[-1]['content'], True, protocol == 'rag')]
     if ontology is None: raise InputError('the steps need the ontology', field='protocol', record=protocol)
     asks = steps(task, k, ontology)
     if protocol == 'rag_cot':
         last = [Turn('answer', asks['answer'])] if constrained else []
-        return [Turn('all steps', 'Take these steps one after the other.\n' + '\n'.join(asks.values()), True, True, len(asks)), *last]
+        return [
+            Turn(
+                'all steps', 'Take these steps one after the other.\n' + '\n'.join(asks.values()), True, True, len(asks)
+            ),
+            *last,
+        ]
     return [Turn(n, a, n == 'findings', n == 'answer' and protocol == 'cot_rag') for n, a in asks.items()]
 
 # %% ../nbs/56_reason.ipynb #0016
@@ -97,7 +125,11 @@ def message(
     passages: Sequence[str] = (),   # documents, cut to size
 ) -> str:
     "The text of a user's message."
-    refs = 'Reference passages:\n' + '\n'.join(f'[{i}] {p}' for i, p in enumerate(passages, 1)) if turn.contexts and passages else ''
+    refs = (
+        'Reference passages:\n' + '\n'.join(f'[{i}] {p}' for i, p in enumerate(passages, 1))
+        if turn.contexts and passages
+        else ''
+    )
     while _MARKS.search(note): note = _MARKS.sub(lambda m: f'{m[0][0]} {m[0][1:]}', note)
     patient = (f'Patient:\n{note}' if refs else note) if turn.note else ''
     return '\n\n'.join(filter(None, [refs, patient, turn.ask]))
@@ -153,8 +185,13 @@ def look_up(self: ReasonRanker,
     "Find documents for cases and cut them to size."
     n, most = self.params.contexts, self.params.context_tokens
     found = self.retriever.search(queries, cases=cases, top=n) if n else [[] for _ in cases]
-    size = lambda room, hits: most if room is None else max(0, min(most, room//max(1, len(hits)) - 8))   # 8: its number and line
-    texts = [[cut_text(self.passage(c, i), size(room, hits), count) for i, _ in hits] for c, hits, room in zip(cases, found, rooms)]
+    size = lambda room, hits: (
+        most if room is None else max(0, min(most, room // max(1, len(hits)) - 8))
+    )  # 8: its number and line
+    texts = [
+        [cut_text(self.passage(c, i), size(room, hits), count) for i, _ in hits]
+        for c, hits, room in zip(cases, found, rooms)
+    ]
     return [[t for t in ts if t] for ts in texts], [[[i, round(s, 4)] for i, s in hits] for hits in found]
 
 # %% ../nbs/56_reason.ipynb #0028
@@ -162,21 +199,32 @@ def look_up(self: ReasonRanker,
 def reply_tokens(self: ReasonRanker, turn: Turn, tries: Optional[list] = None) -> int:
     "Room for the reply to a turn."
     if tries and turn is self.turns[-1]: return max(t.longest for t in tries)
-    return self.answer_tokens or self.params.max_new_tokens if turn.name == 'answer' else turn.steps*self.params.max_new_tokens
+    return (
+        self.answer_tokens or self.params.max_new_tokens
+        if turn.name == 'answer'
+        else turn.steps * self.params.max_new_tokens
+    )
+
 
 @patch
-def rooms(self: ReasonRanker, talk: Dialogues, cases: Sequence[Case], turn: Turn, tries: Optional[list] = None) -> list[Optional[int]]:
+def rooms(
+    self: ReasonRanker, talk: Dialogues, cases: Sequence[Case], turn: Turn, tries: Optional[list] = None
+) -> list[Optional[int]]:
     "Tokens that the passages of each case may take."
     limit, count = getattr(talk, 'limit', None), token_counter(talk)
     if limit is None: return [None]*len(cases)
     rest = self.turns[self.turns.index(turn):]
-    ahead = sum(self.reply_tokens(t, tries) + count(t.ask) + 16 for t in rest)      # 16: what a template writes around two messages
+    ahead = sum(
+        self.reply_tokens(t, tries) + count(t.ask) + 16 for t in rest
+    )  # 16: what a template writes around two messages
     said = [sum(count(m['content']) + 8 for m in h) for h in talk.history]
     return [limit - ahead - s - (count(c.note) if turn.note else 0) - 16 for s, c in zip(said, cases)]
 
 # %% ../nbs/56_reason.ipynb #0031
 @patch
-def say(self: ReasonRanker, talk: Dialogues, cases: Sequence[Case], turn: Turn, texts: Sequence[str], tries: Optional[list]) -> list[str]:
+def say(
+    self: ReasonRanker, talk: Dialogues, cases: Sequence[Case], turn: Turn, texts: Sequence[str], tries: Optional[list]
+) -> list[str]:
     "One turn; a conversation that is too long is named by its case."
     try: return talk.turn(texts, self.reply_tokens(turn), tries if turn is self.turns[-1] else None)
     except InputError as e:
@@ -196,15 +244,22 @@ def converse(self: ReasonRanker,
     for turn in self.turns:
         passages = [()]*len(cases)
         if turn.contexts:
-            queries = [log['turns'][0]['assistant'] if self.protocol == 'cot_rag' else c.note for log, c in zip(logs, cases)]
+            queries = [
+                log['turns'][0]['assistant'] if self.protocol == 'cot_rag' else c.note for log, c in zip(logs, cases)
+            ]
             passages, found = self.look_up(cases, queries, self.rooms(talk, cases, turn, tries), token_counter(talk))
-            for log, q, f, p in zip(logs, queries, found, passages): log |= {'query': q, 'retrieved': f, 'passages': len(p)}
+            for log, q, f, p in zip(logs, queries, found, passages):
+                log |= {'query': q, 'retrieved': f, 'passages': len(p)}
         texts = [message(turn, c.note, p) for c, p in zip(cases, passages)]
-        for log, t, r in zip(logs, texts, self.say(talk, cases, turn, texts, tries)): log['turns'].append({'step': turn.name, 'user': t, 'assistant': r})
+        for log, t, r in zip(logs, texts, self.say(talk, cases, turn, texts, tries)):
+            log['turns'].append({'step': turn.name, 'user': t, 'assistant': r})
     for log in logs:
         last = log['turns'][-1]
         cost = {k: n - spent.get(k, 0) for k, n in talk.tokens.items()} | {'conversations': len(cases)}
-        log |= {'tokens': cost, 'answer': final_list(last['assistant'], self.task) if last['step'] == 'all steps' else last['assistant']}
+        log |= {
+            'tokens': cost,
+            'answer': final_list(last['assistant'], self.task) if last['step'] == 'all steps' else last['assistant'],
+        }
     return {c.id: log for c, log in zip(cases, logs)}
 
 # %% ../nbs/56_reason.ipynb #0033
@@ -220,7 +275,10 @@ def _tries(self: ReasonRanker, cases: Sequence[Case]) -> Optional[list]:
     "The names allowed for each case, for a constrained student."
     if not self.constrained or not cases: return None
     student = getattr(self.talk(), 'student', None)
-    if student is None: raise InputError('only a student on this machine can be held to a catalogue', field='predict.constrained', record=self.name)
+    if student is None:
+        raise InputError(
+            'only a student on this machine can be held to a catalogue', field='predict.constrained', record=self.name
+        )
     return tries_of(StudentRanker(student, self.task, self.catalogue, self.k, constrained=True), cases)
 
 @patch
@@ -230,10 +288,15 @@ def rank(self: ReasonRanker, cases: Sequence[Case], top: int = 10, bottom: int =
     tries, size = self._tries(todo), self.params.batch
     for start in progress(range(0, len(todo), size), f'{self.name}: conversations'):
         part = slice(start, start + size)
-        new = {i: json.dumps(log, ensure_ascii=False) for i, log in self.converse(todo[part], tries and tries[part]).items()}
+        new = {
+            i: json.dumps(log, ensure_ascii=False)
+            for i, log in self.converse(todo[part], tries and tries[part]).items()
+        }
         self.texts.update(new)
         if self.on_text: self.on_text(new)
-    return rankings_from_texts({c.id: json.loads(self.texts[c.id])['answer'] for c in cases}, self.task, self.catalogue, top)
+    return rankings_from_texts(
+        {c.id: json.loads(self.texts[c.id])['answer'] for c in cases}, self.task, self.catalogue, top
+    )
 
 # %% ../nbs/56_reason.ipynb #0045
 _extractor = functools.lru_cache(2)(Extractor)
@@ -263,7 +326,8 @@ def log_text(
     log = json.loads(log) if isinstance(log, str) else log
     cut = lambda t: t if len(t) <= width else t[:width - 4] + ' ...'
     lines = [f"{t['step'].upper()}\n> {cut(t['user'])}\n{cut(t['assistant'])}" for t in log['turns']]
-    if 'retrieved' in log: lines.insert(-1, f"LOOKED UP WITH: {cut(log['query'])}\nFOUND: {', '.join(i for i, _ in log['retrieved'])}")
+    if 'retrieved' in log:
+        lines.insert(-1, f"LOOKED UP WITH: {cut(log['query'])}\nFOUND: {', '.join(i for i, _ in log['retrieved'])}")
     return '\n\n'.join(lines)
 
 # %% ../nbs/56_reason.ipynb #0051
@@ -272,7 +336,9 @@ def fresh_shares(
     run: int = 4,            # words
 ) -> dict[str, float]:       # step to share, 0 to 1; 0 for an empty reply
     "How much of each reply had not been said before in the conversation."
-    runs = lambda t: {tuple(ws[i:i + run]) for ws in [re.findall(r'\w+', t.lower())] for i in range(max(1, len(ws) - run + 1)) if ws}
+    runs = lambda t: {
+        tuple(ws[i : i + run]) for ws in [re.findall(r'\w+', t.lower())] for i in range(max(1, len(ws) - run + 1)) if ws
+    }
     seen, out = set(), {}
     for t in log['turns']:
         seen |= runs(t['user'])

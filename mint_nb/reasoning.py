@@ -25,9 +25,18 @@ from .report import drawn, in_order, look, results_markdown, results_wide
 from .pipeline import nbs_folder
 
 # %% ../nbs/87_reasoning.ipynb #0006
-RUNS = {'disease-simulated': 'simulated notes', 'disease-phenopackets': 'published cases, written notes', 'disease-notes': 'free-text notes by GPT-4',
-        'gene-simulated': 'simulated notes', 'gene-phenopackets': 'published cases, written notes', 'gene-notes': 'free-text notes by GPT-4',
-        'quality-clean': 'simulated, clean', 'quality-noisy': 'simulated, long and noisy', 'quality-notes': 'free-text notes by GPT-4'}
+RUNS = {
+    'disease-simulated': 'simulated notes',
+    'disease-phenopackets': 'published cases, written notes',
+    'disease-notes': 'free-text notes by GPT-4',
+    'gene-simulated': 'simulated notes',
+    'gene-phenopackets': 'published cases, written notes',
+    'gene-notes': 'free-text notes by GPT-4',
+    'quality-clean': 'simulated, clean',
+    'quality-noisy': 'simulated, long and noisy',
+    'quality-notes': 'free-text notes by GPT-4',
+}
+
 
 class Results(NamedTuple):
     "A committed table of a run."
@@ -60,6 +69,7 @@ def run_table(name: str, results: Results, metrics: Sequence[str] = ('top1', 'to
 # %% ../nbs/87_reasoning.ipynb #0010
 ASKED = tuple(f'{m}_constrained' for m in ('base', 'rag', 'cot', 'rag_cot', 'cot_rag'))
 
+# %% ../nbs/87_reasoning.ipynb #0010-1
 @drawn
 def quality_figure(
     tables: dict[str, pd.DataFrame],   # kind of note to method, metric, value, lo, hi, n
@@ -68,7 +78,9 @@ def quality_figure(
     methods: Sequence[str] = ASKED,
 ) -> Figure:
     "Accuracy by protocol, a panel for each kind of note."
-    fig, axes = plt.subplots(1, len(tables), figsize=(2.4 + 2.2*len(tables), 2.7), sharey=True, sharex=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(tables), figsize=(2.4 + 2.2 * len(tables), 2.7), sharey=True, sharex=True, squeeze=False
+    )
     rows = in_order([m for m in methods if any((t.method == m).any() for t in tables.values())])
     for ax, (name, t) in zip(axes[0], tables.items()):
         for r in t[(t.metric == metric) & t.method.isin(rows)].to_dict('records'):
@@ -76,9 +88,15 @@ def quality_figure(
             ax.plot([r['lo'], r['hi']], [y, y], color=c, lw=2.4, alpha=.45, solid_capstyle='round')
             ax.plot(r['value'], y, 'o', color=c, ms=6.5, mec='white')
         chance = t[(t.method == 'chance') & (t.metric == metric)]
-        if len(chance): ax.axvspan(chance.lo.iloc[0], chance.hi.iloc[0], color='#e5e7eb', lw=0)       # a random order, drawn once
-        ax.set(title=f'{name}\nn = {t.n.max()}', ylim=(len(rows) - .4, -.6), xlabel=f"{metric.replace('top', 'top ')}, %")
-        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}'); ax.grid(axis='x', color='#e5e7eb', lw=.8); ax.set_axisbelow(True); ax.tick_params(axis='y', length=0)
+        if len(chance):
+            ax.axvspan(chance.lo.iloc[0], chance.hi.iloc[0], color='#e5e7eb', lw=0)  # a random order, drawn once
+        ax.set(
+            title=f'{name}\nn = {t.n.max()}', ylim=(len(rows) - 0.4, -0.6), xlabel=f"{metric.replace('top', 'top ')}, %"
+        )
+        ax.xaxis.set_major_formatter(lambda v, _: f'{100 * v:.3g}')
+        ax.grid(axis='x', color='#e5e7eb', lw=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(axis='y', length=0)
     axes[0][0].set_yticks(range(len(rows)), [look(m).label for m in rows])
     return fig
 
@@ -94,7 +112,10 @@ def step_extraction(
     said = logged_phenotypes(texts, ontology)
     by_note = {c.note: said[c.id] for c in cases if c.id in said}
     some = [c for c in cases if c.id in said]
-    readers = {'dictionary': Extractor(ontology).extract, 'step 1 of the student': lambda notes: [by_note[n] for n in notes]}
+    readers = {
+        'dictionary': Extractor(ontology).extract,
+        'step 1 of the student': lambda notes: [by_note[n] for n in notes],
+    }
     return extraction_table(some, records, ontology, readers, bootstrap)
 
 # %% ../nbs/87_reasoning.ipynb #0016
@@ -109,13 +130,20 @@ def write_step_extraction(
     r, ontology = Run(run, open_params(run)), load_ontology()
     texts = read_texts(r/f'predictions/{method}-{r.params.seeds[0]}.texts.jsonl')
     t = step_extraction(texts, r.cases('test'), load_cases(records, ontology)[0], ontology, bootstrap).round(4)
-    head = f"# from mint_nb.reasoning import write_step_extraction; write_step_extraction('{run}', 'phenopackets.zip', '{out}', '{method}', {bootstrap})\n" \
-           f"# student {r.params.student.model}, steps of {r.params.reason.max_new_tokens} tokens, HPO {ontology.version}; 95 % intervals by publication; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
+    head = (
+        f"# from mint_nb.reasoning import write_step_extraction; write_step_extraction('{run}', 'phenopackets.zip', '{out}', '{method}', {bootstrap})\n"
+        f"# student {r.params.student.model}, steps of {r.params.reason.max_new_tokens} tokens, HPO {ontology.version}; 95 % intervals by publication; {', '.join(f'{k} {v}' for k, v in versions().items())}\n"
+    )
     with atomic_path(out) as tmp: tmp.write_text(head + t.to_csv(index=False))
     return t
 
 # %% ../nbs/87_reasoning.ipynb #0018
-PUBLISHED = {'Exomiser': .585, 'o1-preview': .368, 'GPT-4o': .355}   # top 10, 5,213 phenopackets, findings only (Reese et al., PMC11302616)
+PUBLISHED = {
+    'Exomiser': 0.585,
+    'o1-preview': 0.368,
+    'GPT-4o': 0.355,
+}  # top 10, 5,213 phenopackets, findings only (Reese et al., PMC11302616)
+
 
 @drawn
 def published_figure(
@@ -130,11 +158,21 @@ def published_figure(
         y = [labels.index(l) for l in t.label]
         for name, v in PUBLISHED.items():
             ax.axvline(v, color='#9ca3af', lw=1, ls=(0, (4, 3)))
-            ax.text(v, -1.1 if name == 'o1-preview' else -.65, f' {name} {100*v:.1f} ', fontsize=7.5, color='#6b7280', ha='right' if name == 'GPT-4o' else 'left', va='bottom')
+            ax.text(
+                v,
+                -1.1 if name == 'o1-preview' else -0.65,
+                f' {name} {100 * v:.1f} ',
+                fontsize=7.5,
+                color='#6b7280',
+                ha='right' if name == 'GPT-4o' else 'left',
+                va='bottom',
+            )
         ax.hlines(y, t.lo, t.hi, color='#0f766e', lw=2.4, alpha=.45)
         ax.plot(t.value, y, 'o', color='#0f766e', ms=6.5, mec='white')
-        ax.set(ylim=(len(labels) - .4, -.6), xlabel='top 10 among all diseases, %', xlim=(0, 1)); ax.set_title(panel, pad=28)
-        ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}'); ax.tick_params(axis='y', length=0)
+        ax.set(ylim=(len(labels) - 0.4, -0.6), xlabel='top 10 among all diseases, %', xlim=(0, 1))
+        ax.set_title(panel, pad=28)
+        ax.xaxis.set_major_formatter(lambda v, _: f'{100 * v:.3g}')
+        ax.tick_params(axis='y', length=0)
     axes[0][0].set_yticks(range(len(labels)), labels)
     return fig
 
@@ -144,11 +182,18 @@ def full_catalogue(
 ) -> pd.DataFrame:     # panel, label, value, lo, hi, n
     "Top 10 among all diseases of our rankers, on both kinds of notes, with and without control for leaks."
     methods = {'fusion': 'BM25 + dense', 'bm25': 'BM25', 'naive_bayes_findings': 'naive Bayes on extracted findings'}
-    notes, panels = {'notes': 'GPT-4 notes', 'phenopackets': 'written notes'}, {'strict': 'without all that cites the paper', 'clean': 'without what only the paper says', 'plain': 'plain'}
+    notes, panels = (
+        {'notes': 'GPT-4 notes', 'phenopackets': 'written notes'},
+        {'strict': 'without all that cites the paper', 'clean': 'without what only the paper says', 'plain': 'plain'},
+    )
     t = t[(t.metric == 'recall@10') & (t.notes == 'all') & t.method.isin(list(methods)) & t.control.isin(list(panels))]
-    t = t.assign(panel=t.control.map(panels), label=[f'{methods[m]}, {n} {notes[c]}' for m, n, c in zip(t.method, t.n, t.cohort)])
+    t = t.assign(
+        panel=t.control.map(panels), label=[f'{methods[m]}, {n} {notes[c]}' for m, n, c in zip(t.method, t.n, t.cohort)]
+    )
     place = {k: i for i, k in enumerate((*panels.values(), *methods))}
-    return t.sort_values(['panel', 'cohort', 'method'], key=lambda c: c.map(lambda v: place.get(v, 0)), kind='stable')[['panel', 'label', 'value', 'lo', 'hi', 'n']]
+    return t.sort_values(['panel', 'cohort', 'method'], key=lambda c: c.map(lambda v: place.get(v, 0)), kind='stable')[
+        ['panel', 'label', 'value', 'lo', 'hi', 'n']
+    ]
 
 # %% ../nbs/87_reasoning.ipynb #0024
 def apart(

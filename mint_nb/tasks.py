@@ -11,7 +11,18 @@ __all__ = ['TASKS', 'Rankings', 'RANKING_COLUMNS', 'PROTOCOLS', 'Finding', 'Case
 import json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Iterable, Literal, NamedTuple, Optional, Protocol, Sequence, TypeAlias, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Iterable,
+    Literal,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    TypeAlias,
+    runtime_checkable,
+)
 from zlib import crc32
 
 from fastcore.basics import patch
@@ -29,8 +40,10 @@ class Finding:
     "One phenotypic feature of one patient."
     id: str                                             # HPO id, for example 'HP:0001250'
     label: str = ''                                     # its name
-    excluded: bool = False                              # looked for and absent
-    view: Literal['note', 'portrait', 'both', 'record'] = 'note'  # where it can be seen; 'record': neither view shows it
+    excluded: bool = False  # looked for and absent
+    view: Literal['note', 'portrait', 'both', 'record'] = (
+        'note'  # where it can be seen; 'record': neither view shows it
+    )
 
 # %% ../nbs/01_tasks.ipynb #0007
 @dataclass(frozen=True)
@@ -67,9 +80,20 @@ def read_cases(path: Path | str, split: Optional[str] = None) -> list[Case]:
     table = read_table(path)
     if split: table = table[table.split == split]
     none = lambda v: None if v is None or v != v else v
-    return [Case(**r | {'phenotypes': tuple(Finding(**f) for f in json.loads(r['phenotypes'])), 'labels': json.loads(r['labels']),
-                        'candidates': none(json.loads(r['candidates'])) and tuple(json.loads(r['candidates'])),
-                        'age': none(r['age']), 'sex': none(r['sex']), 'image': none(r['image'])}) for r in table.to_dict('records')]
+    return [
+        Case(
+            **r
+            | {
+                'phenotypes': tuple(Finding(**f) for f in json.loads(r['phenotypes'])),
+                'labels': json.loads(r['labels']),
+                'candidates': none(json.loads(r['candidates'])) and tuple(json.loads(r['candidates'])),
+                'age': none(r['age']),
+                'sex': none(r['sex']),
+                'image': none(r['image']),
+            }
+        )
+        for r in table.to_dict('records')
+    ]
 
 # %% ../nbs/01_tasks.ipynb #0014
 def normalise(
@@ -93,7 +117,10 @@ def name_tables(
     "What `Catalogue` looks names up in; a synonym that two answers share identifies neither."
     exact, other = {}, {}
     for i, n in names.items():
-        if normalise(n) in exact or not normalise(n): raise InputError('two answers have the same name' if normalise(n) else 'an answer has no name', record=i, field=n)
+        if normalise(n) in exact or not normalise(n):
+            raise InputError(
+                'two answers have the same name' if normalise(n) else 'an answer has no name', record=i, field=n
+            )
         exact[normalise(n)] = i
     for i, ss in synonyms.items():
         for s in filter(None, map(normalise, ss)):
@@ -120,7 +147,12 @@ class Catalogue:
     def __repr__(self): return f'Catalogue({len(self)} answers, {len(self._synonym)} synonyms)'
     def to_json(self) -> dict:
         "Plain form, for the run folder."
-        return {'names': self.names, 'synonyms': {i: s for i, s in self.synonyms.items() if s}, 'threshold': self.threshold}
+        return {
+            'names': self.names,
+            'synonyms': {i: s for i, s in self.synonyms.items() if s},
+            'threshold': self.threshold,
+        }
+
     @classmethod
     def from_json(cls, obj: dict) -> 'Catalogue':
         "Inverse of `to_json`."
@@ -131,15 +163,21 @@ def may_be_misspelt(a: str, b: str) -> bool:
     "Can two similar names be one? Not if they differ in a number, the letter of a type, hypo and hyper, a short word, or in how a word begins."
     marks = lambda s: re.findall(r'\b(?:\w*\d\w*|[ivx]+[a-z]?|[a-z])\b', s) + re.findall(r'\bhyp(?:o|er)', s)
     x, y = a.split(), b.split()
-    return marks(a) == marks(b) and (len(x) != len(y) or all(p == q or p[0] == q[0] and min(len(p), len(q)) > 4 for p, q in zip(x, y)))
+    return marks(a) == marks(b) and (
+        len(x) != len(y) or all(p == q or p[0] == q[0] and min(len(p), len(q)) > 4 for p, q in zip(x, y))
+    )
+
 
 @patch
 def _look_up(self: Catalogue, n: str) -> Resolved:
     from rapidfuzz import fuzz, process   # in C++; difflib would need seconds an answer over 8,000 names
     if n in self._exact: return Resolved(self._exact[n], 'exact', 1.0)
     if n in self._synonym: return Resolved(self._synonym[n], 'synonym', 1.0)
-    for found, score, _ in process.extract(n, self._fuzzy, scorer=fuzz.ratio, limit=5, score_cutoff=100*self.threshold) if n else ():
-        if may_be_misspelt(n, found): return Resolved(self._exact.get(found) or self._synonym[found], 'fuzzy', score/100)
+    for found, score, _ in (
+        process.extract(n, self._fuzzy, scorer=fuzz.ratio, limit=5, score_cutoff=100 * self.threshold) if n else ()
+    ):
+        if may_be_misspelt(n, found):
+            return Resolved(self._exact.get(found) or self._synonym[found], 'fuzzy', score / 100)
     return Resolved(None, 'none', 0.0)
 
 @patch
@@ -163,7 +201,11 @@ def list_sizes(
     if k < 1 or q < 1: raise InputError(f'must be 1 or more, not k = {k}, q = {q}', field='pairs.k, pairs.q')
     if not strict: k, q = min(k, max(1, n//4)), min(q, max(1, n//4))
     if 3*(k + q) > 2*n:
-        raise InputError(f'k + q = {k + q} exceeds two thirds of the {n} answers', field='pairs.k, pairs.q', hint='take shorter lists or more answers')
+        raise InputError(
+            f'k + q = {k + q} exceeds two thirds of the {n} answers',
+            field='pairs.k, pairs.q',
+            hint='take shorter lists or more answers',
+        )
     return k, q
 
 # %% ../nbs/01_tasks.ipynb #0029
@@ -179,7 +221,9 @@ class Task:
     noun: str                        # 'diseases', 'genes', 'tissues'
     published: int = 10              # list length in the paper
     case_noun: str = 'patients'
-    made: str = 'simulated from the annotations of the Human Phenotype Ontology; not patients'   # where nobody's cases are given
+    made: str = (
+        'simulated from the annotations of the Human Phenotype Ontology; not patients'  # where nobody's cases are given
+    )
     profile: str = ''                # profiles named PROFILE-this.yaml say what the task wants otherwise
     answer_tokens: tuple[float, float] = (10., 11.6)   # of an answer's first line and end, and of a line with a name
 
@@ -191,7 +235,8 @@ class Task:
     ) -> list[dict]:         # chat messages
         "The messages before the answer."
         ask, system = f'{note}\n\n' if note else '', self.paper_system if paper else self.system
-        if '{names}' in system and not names: raise InputError('the long instruction lists the candidates and got none', field='names', record=self.name)
+        if '{names}' in system and not names:
+            raise InputError('the long instruction lists the candidates and got none', field='names', record=self.name)
         return [{'role': 'system', 'content': system.format(k=k, names=', '.join(names))},
                 {'role': 'user', 'content': f'{ask}List the {k} most likely {self.noun}.'}]
 
@@ -206,18 +251,52 @@ def answer(self: Task,
 
 
 # %% ../nbs/01_tasks.ipynb #0031
-TASKS = Table('task', {t.name: t for t in (
-    Task('disease', 'note', 'disease', 'POTENTIAL_DISEASES:', 'You are a genetic counselor. Answer with a numbered list.',
-         'You are a genetic counselor. Read the clinical note and name EXACTLY {k} potential rare diseases, most likely first. '
-         "Answer in this format and add nothing else:\nPOTENTIAL_DISEASES:\n1. 'Disease name'\n2. 'Disease name'", 'diseases'),
-    Task('gene', 'note', 'gene', 'POTENTIAL_GENES:', 'You are a genetic counselor. Answer with a numbered list.',
-         'You are a genetic counselor. Read the clinical note and name EXACTLY {k} candidate genes, most likely first. '
-         "Answer in this format and add nothing else:\nPOTENTIAL_GENES:\n1. 'GENE'\n2. 'GENE'", 'genes', answer_tokens=(7.7, 11.6)),
-    Task('tissue', 'image', 'tissue', 'MOST_LIKELY_TISSUE:', 'You are a pathologist. Answer with a numbered list.',
-         'You are a pathologist. Look at the cell nuclei and name EXACTLY {k} of these candidate tissues, most likely first: {names}. '
-         "Answer in this format and add nothing else:\nMOST_LIKELY_TISSUE:\n1. 'Tissue'\n2. 'Tissue'", 'tissues', 5,
-         'tiles', 'simulated from published morphology; not patients', 'tissue', (14., 7.)))})
+TASKS = Table(
+    'task',
+    {
+        t.name: t
+        for t in (
+            Task(
+                'disease',
+                'note',
+                'disease',
+                'POTENTIAL_DISEASES:',
+                'You are a genetic counselor. Answer with a numbered list.',
+                'You are a genetic counselor. Read the clinical note and name EXACTLY {k} potential rare diseases, most likely first. '
+                "Answer in this format and add nothing else:\nPOTENTIAL_DISEASES:\n1. 'Disease name'\n2. 'Disease name'",
+                'diseases',
+            ),
+            Task(
+                'gene',
+                'note',
+                'gene',
+                'POTENTIAL_GENES:',
+                'You are a genetic counselor. Answer with a numbered list.',
+                'You are a genetic counselor. Read the clinical note and name EXACTLY {k} candidate genes, most likely first. '
+                "Answer in this format and add nothing else:\nPOTENTIAL_GENES:\n1. 'GENE'\n2. 'GENE'",
+                'genes',
+                answer_tokens=(7.7, 11.6),
+            ),
+            Task(
+                'tissue',
+                'image',
+                'tissue',
+                'MOST_LIKELY_TISSUE:',
+                'You are a pathologist. Answer with a numbered list.',
+                'You are a pathologist. Look at the cell nuclei and name EXACTLY {k} of these candidate tissues, most likely first: {names}. '
+                "Answer in this format and add nothing else:\nMOST_LIKELY_TISSUE:\n1. 'Tissue'\n2. 'Tissue'",
+                'tissues',
+                5,
+                'tiles',
+                'simulated from published morphology; not patients',
+                'tissue',
+                (14.0, 7.0),
+            ),
+        )
+    },
+)
 
+# %% ../nbs/01_tasks.ipynb #0031-1
 def get_task(name: str) -> Task:
     "A task by its name."
     return TASKS[name]
@@ -244,7 +323,16 @@ def make_rankings(
     "A checked rankings table from records."
     import pandas as pd
     t = pd.DataFrame(list(rows), columns=list(RANKING_COLUMNS))
-    t = t.astype({'case_id': 'str', 'answer_id': 'object', 'written': 'object', 'rank': 'int64', 'score': 'float64', 'prob': 'float64'})
+    t = t.astype(
+        {
+            'case_id': 'str',
+            'answer_id': 'object',
+            'written': 'object',
+            'rank': 'int64',
+            'score': 'float64',
+            'prob': 'float64',
+        }
+    )
     t['answer_id'] = t.answer_id.where(t.answer_id.notna(), None)
     if t.duplicated(['case_id', 'rank']).any():
         bad = t[t.duplicated(['case_id', 'rank'])].iloc[0]
@@ -268,11 +356,23 @@ def rankings_from_scores(
     tie = np.random.default_rng(seed).permutation(N)
     out = []
     for cid, row, p in zip(case_ids, np.asarray(scores, float), probs if probs is not None else [None]*n):
-        pool = np.arange(N) if bottom or not 0 < top < N else np.flatnonzero(row >= np.partition(row, N - top)[N - top])   # only the head: sort only the head
+        pool = (
+            np.arange(N) if bottom or not 0 < top < N else np.flatnonzero(row >= np.partition(row, N - top)[N - top])
+        )  # only the head: sort only the head
         order = pool[np.lexsort((tie[pool], -row[pool]))]
         keep = sorted(set(range(min(top, N))) | set(range(max(0, N - bottom), N)))
-        out += [dict(case_id=cid, rank=r + 1, answer_id=catalogue.ids[j], written=catalogue.names[catalogue.ids[j]], score=row[j],
-                     prob=None if p is None else p[j]) for r in keep for j in [order[r]]]
+        out += [
+            dict(
+                case_id=cid,
+                rank=r + 1,
+                answer_id=catalogue.ids[j],
+                written=catalogue.names[catalogue.ids[j]],
+                score=row[j],
+                prob=None if p is None else p[j],
+            )
+            for r in keep
+            for j in [order[r]]
+        ]
     return make_rankings(out)
 
 # %% ../nbs/01_tasks.ipynb #0039
@@ -291,7 +391,10 @@ class ChanceRanker:
     def rank(self, cases: Sequence[Case], top: int = 10, bottom: int = 0) -> Rankings:
         "Rank by random numbers of the seed and the case's id, so that a case is answered alike in any company."
         import numpy as np
-        scores = np.array([np.random.default_rng([self.seed, crc32(c.id.encode())]).random(len(self.catalogue)) for c in cases]).reshape(len(cases), len(self.catalogue))
+
+        scores = np.array(
+            [np.random.default_rng([self.seed, crc32(c.id.encode())]).random(len(self.catalogue)) for c in cases]
+        ).reshape(len(cases), len(self.catalogue))
         return rankings_from_scores([c.id for c in cases], scores, self.catalogue, top, bottom)
 
 # %% ../nbs/01_tasks.ipynb #0042
@@ -309,4 +412,6 @@ def method_name(
     "Take the name of a row apart."
     plain = name.removesuffix('_constrained').removesuffix('_wrong_image')
     protocol = max((p for p in PROTOCOLS if plain == p or plain.endswith(f'_{p}')), key=len, default='')
-    return MethodName(plain.removesuffix(protocol).rstrip('_') or (protocol and 'base'), protocol, name.endswith('_constrained'))
+    return MethodName(
+        plain.removesuffix(protocol).rstrip('_') or (protocol and 'base'), protocol, name.endswith('_constrained')
+    )

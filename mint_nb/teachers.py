@@ -40,7 +40,13 @@ def phrases(
     case: Case,
 ) -> list[str]:   # demographics first, then one phrase for each finding in the note
     "The text view of a case, as phrases."
-    age = [] if case.age is None else [f"age {'infant' if case.age < 2 else 'child' if case.age < 12 else 'adolescent' if case.age < 18 else 'adult'}"]
+    age = (
+        []
+        if case.age is None
+        else [
+            f"age {'infant' if case.age < 2 else 'child' if case.age < 12 else 'adolescent' if case.age < 18 else 'adult'}"
+        ]
+    )
     found = [f.label or f.id for f in case.phenotypes if f.view in ('note', 'both') and not f.excluded]
     return [case.sex or 'unknown', *age, *(found if case.phenotypes else re.split(r'(?<=[.!?])\s+', case.note))]
 
@@ -54,7 +60,9 @@ def word_tokenizer(
     tok = Tokenizer(models.WordLevel(vocab, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     tok.post_processor = processors.TemplateProcessing(single='[CLS] $A', special_tokens=[('[CLS]', vocab['[CLS]'])])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', do_lower_case=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', do_lower_case=True
+    )
 
 # %% ../nbs/20_teachers.ipynb #0012
 def gentle_start(
@@ -62,22 +70,39 @@ def gentle_start(
 ) -> None:
     "Initialise a small ViLT as a nearly linear function of its tokens, in place."
     for m in model.modules():
-        if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=m.in_features**-.5); nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=m.in_features**-0.5)
+            nn.init.zeros_(m.bias)
     for layer in model.vilt.encoder.layer:
         attention = layer.attention.attention
         for m in (attention.query, attention.key): nn.init.normal_(m.weight, std=.02)
         nn.init.zeros_(layer.output.dense.weight)
     e = model.vilt.embeddings
-    for w, std in ((e.position_embeddings, .5), (e.text_embeddings.word_embeddings.weight, .3), (e.text_embeddings.position_embeddings.weight, .02),
-                   (e.patch_embeddings.projection.weight, e.patch_embeddings.projection.weight[0].numel()**-.5), (model.classifier[-1].weight, .02)):
+    for w, std in (
+        (e.position_embeddings, 0.5),
+        (e.text_embeddings.word_embeddings.weight, 0.3),
+        (e.text_embeddings.position_embeddings.weight, 0.02),
+        (e.patch_embeddings.projection.weight, e.patch_embeddings.projection.weight[0].numel() ** -0.5),
+        (model.classifier[-1].weight, 0.02),
+    ):
         nn.init.normal_(w, std=std)
 
 # %% ../nbs/20_teachers.ipynb #0013
 def small_vilt(params: TeacherParams, vocab: int, labels: int, image_size: int) -> ViltForQuestionAnswering:
     "A ViLT from a config, for training from scratch."
-    config = ViltConfig(vocab_size=vocab, hidden_size=params.hidden, num_hidden_layers=params.layers, num_attention_heads=params.heads,
-                        intermediate_size=2*params.hidden, image_size=image_size, patch_size=params.patch, max_position_embeddings=128, num_labels=labels,   # type: ignore[call-arg]   # every config takes num_labels
-                        hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    config = ViltConfig(
+        vocab_size=vocab,
+        hidden_size=params.hidden,
+        num_hidden_layers=params.layers,
+        num_attention_heads=params.heads,
+        intermediate_size=2 * params.hidden,
+        image_size=image_size,
+        patch_size=params.patch,
+        max_position_embeddings=128,
+        num_labels=labels,  # type: ignore[call-arg]   # every config takes num_labels
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     model = ViltForQuestionAnswering(config)
     gentle_start(model)
     return model
@@ -325,7 +350,8 @@ def see_faces(
     file = first_lesson(params, image_size)
     with locked(file.with_suffix('.lock')):
         if not file.exists():
-            torch.manual_seed(0); fresh = small_vilt(params, 4, 1, image_size)
+            torch.manual_seed(0)
+            fresh = small_vilt(params, 4, 1, image_size)
             learn_faces(fresh, *random_faces(params.pretrain, image_size), params.pretrain_epochs)
             with atomic_path(file) as tmp: save_file(fresh.vilt.state_dict(), tmp)
     own = model.vilt.state_dict()
@@ -336,24 +362,40 @@ CONVERT = "convert it where you trust it: safetensors.torch.save_file(torch.load
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     "A state dict from a safetensors file, the only kind that is read: a `.bin` or `.pt` file is a pickle, which can run code."
-    if file.suffix != '.safetensors': raise InputError('is a pickle, which can run code when it is read', file=file, field='teacher.weights', hint=CONVERT)
-    try: state = load_file(file)
-    except Exception as e: raise InputError(f'is not a readable state dict: {str(e)[:200]}', file=file, field='teacher.weights') from e
+    if file.suffix != '.safetensors':
+        raise InputError(
+            'is a pickle, which can run code when it is read', file=file, field='teacher.weights', hint=CONVERT
+        )
+    try:
+        state = load_file(file)
+    except Exception as e:
+        raise InputError(f'is not a readable state dict: {str(e)[:200]}', file=file, field='teacher.weights') from e
     return {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, Tensor)}
 
+# %% ../nbs/20_teachers.ipynb #0028-1
 def pretrained_vilt(folder: Path | str, labels: int) -> tuple[ViltForQuestionAnswering, Any]:
     "ViLT weights and tokenizer from a folder with `config.json`, weights (`.safetensors`) and a tokenizer."
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise InputError('holds no config.json', file=folder, field='teacher.weights', hint='give a folder with a ViLT checkpoint')
+    if not (folder / 'config.json').exists():
+        raise InputError(
+            'holds no config.json', file=folder, field='teacher.weights', hint='give a folder with a ViLT checkpoint'
+        )
     files = next((f for f in (sorted(folder.glob(f'*{s}')) for s in ('.safetensors', '.bin', '.pt')) if f), [])
     if not files: raise InputError('holds no weights', file=folder, field='teacher.weights')
-    try: tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as e: raise InputError(f'holds no readable tokenizer: {str(e)[:200]}', file=folder, field='teacher.weights') from e
+    try:
+        tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:
+        raise InputError(f'holds no readable tokenizer: {str(e)[:200]}', file=folder, field='teacher.weights') from e
     model = ViltForQuestionAnswering(ViltConfig.from_pretrained(folder, num_labels=labels))
     own, state = model.state_dict(), {k: v for f in files for k, v in read_weights(f).items()}
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     missing = [k for k in own if k.startswith('vilt.') and k not in fits]
-    if missing: raise InputError(f'{len(missing)} of the encoder\'s weights are missing or of another shape, for example {missing[0]}', file=files[0], field='teacher.weights')
+    if missing:
+        raise InputError(
+            f'{len(missing)} of the encoder\'s weights are missing or of another shape, for example {missing[0]}',
+            file=files[0],
+            field='teacher.weights',
+        )
     model.load_state_dict(fits, strict=False)
     return model, tok
 
@@ -361,16 +403,24 @@ def pretrained_vilt(folder: Path | str, labels: int) -> tuple[ViltForQuestionAns
 class Teacher:
     "A ViLT over note and portrait; a `Ranker` named 'teacher'."
     name = 'teacher'
-    def __init__(self,
+    def __init__(
+        self,
         catalogue: Catalogue,
         params: TeacherParams,
-        root: Path | str = '.',       # folder that `Case.image` is relative to
-        label: str = 'disease',       # key of `Case.labels`
-        image_size: int = 64,         # pixels a side, unless real weights say otherwise
-        view: View = 'both',          # what it sees when it ranks; a teacher of 'note' sees no picture in training either
+        root: Path | str = '.',  # folder that `Case.image` is relative to
+        label: str = 'disease',  # key of `Case.labels`
+        image_size: int = 64,  # pixels a side, unless real weights say otherwise
+        view: View = 'both',  # what it sees when it ranks; a teacher of 'note' sees no picture in training either
         seed: int = 0,
     ):
-        self.catalogue, self.params, self.root, self.label, self.view, self.seed = catalogue, params, Path(root), label, view, seed
+        self.catalogue, self.params, self.root, self.label, self.view, self.seed = (
+            catalogue,
+            params,
+            Path(root),
+            label,
+            view,
+            seed,
+        )
         self.image_size, self.models, self._pictures = image_size, [], {}
         self.tok: Any = None      # the tokenizer, from `build`
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -622,22 +672,42 @@ def save(self: Teacher, folder: Path | str) -> Path:
     "Write the teacher into a folder, atomically."
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        self.models[0].config.save_pretrained(tmp); self.tok.save_pretrained(tmp)
-        for n, m in enumerate(self.models): save_file({k: v.contiguous() for k, v in m.state_dict().items()}, tmp/f'member-{n}.safetensors')
-        write_json(tmp/'teacher.json', dict(catalogue=self.catalogue.to_json(), params=self.params.model_dump(), label=self.label,
-                                            image_size=self.image_size, view=self.view, seed=self.seed))
+        self.models[0].config.save_pretrained(tmp)
+        self.tok.save_pretrained(tmp)
+        for n, m in enumerate(self.models):
+            save_file({k: v.contiguous() for k, v in m.state_dict().items()}, tmp / f'member-{n}.safetensors')
+        write_json(
+            tmp / 'teacher.json',
+            dict(
+                catalogue=self.catalogue.to_json(),
+                params=self.params.model_dump(),
+                label=self.label,
+                image_size=self.image_size,
+                view=self.view,
+                seed=self.seed,
+            ),
+        )
     return Path(folder)
 
 # %% ../nbs/20_teachers.ipynb #0052
 def load_teacher(folder: Path | str, root: Path | str = '.') -> Teacher:
     "Read a teacher that `save` wrote."
     folder, meta = Path(folder), read_json(Path(folder)/'teacher.json')
-    t = Teacher(Catalogue.from_json(meta['catalogue']), TeacherParams(**meta['params']), root, meta['label'], meta['image_size'], meta['view'], meta['seed'])
+    t = Teacher(
+        Catalogue.from_json(meta['catalogue']),
+        TeacherParams(**meta['params']),
+        root,
+        meta['label'],
+        meta['image_size'],
+        meta['view'],
+        meta['seed'],
+    )
     t.tok, config = AutoTokenizer.from_pretrained(folder), ViltConfig.from_pretrained(folder)
     for n in range(t.params.members):
         model, state = ViltForQuestionAnswering(config), load_file(folder/f'member-{n}.safetensors')
         if 'project.weight' in state: model.project = nn.Linear(state['project.weight'].shape[1], config.hidden_size)
-        model.load_state_dict(state); t.models.append(model.to(t.device).eval())
+        model.load_state_dict(state)
+        t.models.append(model.to(t.device).eval())
     return t
 
 # %% ../nbs/20_teachers.ipynb #0055
@@ -667,16 +737,30 @@ def judging_folds(
     for i, (a, g) in enumerate(zip(answers, groups)): units[g if len(of[a]) > 1 else (g, i)].append(i)
     n = min(n, len(units))
     if n < 2: raise InputError('cross-fitting needs two cases or more', field='teacher.folds')
-    have, folds, turn = [Counter() for _ in range(n)], [[] for _ in range(n)], np.random.default_rng(seed).permutation(len(units))
+    have, folds, turn = (
+        [Counter() for _ in range(n)],
+        [[] for _ in range(n)],
+        np.random.default_rng(seed).permutation(len(units)),
+    )
     for unit in sorted((list(units.values())[i] for i in turn), key=len, reverse=True):           # the largest first
         tally = Counter(answers[i] for i in unit)
         f = min(range(n), key=lambda f: (sum(have[f][a]*k for a, k in tally.items()), have[f].total()))
-        have[f] += tally; folds[f] += unit
+        have[f] += tally
+        folds[f] += unit
     return [(np.setdiff1d(np.arange(len(cases)), held), np.sort(held)) for held in folds]
 
-def unseen_answers(cases: Sequence[Case], folds: Sequence[tuple[np.ndarray, np.ndarray]], label: str = 'disease') -> list[str]:   # case ids
+# %% ../nbs/20_teachers.ipynb #0058-1
+def unseen_answers(
+    cases: Sequence[Case], folds: Sequence[tuple[np.ndarray, np.ndarray]], label: str = 'disease'
+) -> list[str]:  # case ids
     "Cases that are judged by a teacher without a case of their answer."
-    return [cases[i].id for train, held in folds for seen in [{cases[j].labels[label] for j in train}] for i in held if cases[i].labels[label] not in seen]
+    return [
+        cases[i].id
+        for train, held in folds
+        for seen in [{cases[j].labels[label] for j in train}]
+        for i in held
+        if cases[i].labels[label] not in seen
+    ]
 
 # %% ../nbs/20_teachers.ipynb #0062
 class Division(NamedTuple):

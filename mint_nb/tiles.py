@@ -18,7 +18,10 @@ from typing import Callable, Iterable, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np, pandas as pd
 from PIL import Image, ImageOps
-from skimage.color import hed_from_rgb, rgb_from_hed   # the stains' matrices; torchstain and albumentations would add torchvision or OpenCV
+from skimage.color import (
+    hed_from_rgb,
+    rgb_from_hed,
+)  # the stains' matrices; torchstain and albumentations would add torchvision or OpenCV
 
 from .core import InputError, printable, progress, atomic_path
 from .tasks import Case, Catalogue, normalise
@@ -28,10 +31,29 @@ from .readers import answer_table, check_archive, choose_answers, file_name, out
 from .nuclei import MORPHOLOGY, TISSUES, case_seed, describe_tile, simulate_tile
 
 # %% ../nbs/17_tiles.ipynb #0006
-READABLE = {'Adrenal_gland': 'Adrenal gland', 'Bile-duct': 'Bile duct', 'HeadNeck': 'Head and neck', 'Ovarian': 'Ovary', 'Pancreatic': 'Pancreas'}
-SPELLINGS = {'Adrenal_gland': ['adrenal'], 'Bile-duct': ['biliary duct', 'bile ducts'], 'Bladder': ['urinary bladder'], 'Colon': ['colorectal', 'large intestine'],
-             'Esophagus': ['oesophagus'], 'HeadNeck': ['head & neck', 'head neck', 'HNSC'], 'Liver': ['hepatic'], 'Ovarian': ['ovaries'], 'Pancreatic': ['pancreas gland'],
-             'Stomach': ['gastric'], 'Uterus': ['endometrium', 'corpus uteri'], 'Cervix': ['cervix uteri', 'uterine cervix'], 'Kidney': ['renal']}
+READABLE = {
+    'Adrenal_gland': 'Adrenal gland',
+    'Bile-duct': 'Bile duct',
+    'HeadNeck': 'Head and neck',
+    'Ovarian': 'Ovary',
+    'Pancreatic': 'Pancreas',
+}
+SPELLINGS = {
+    'Adrenal_gland': ['adrenal'],
+    'Bile-duct': ['biliary duct', 'bile ducts'],
+    'Bladder': ['urinary bladder'],
+    'Colon': ['colorectal', 'large intestine'],
+    'Esophagus': ['oesophagus'],
+    'HeadNeck': ['head & neck', 'head neck', 'HNSC'],
+    'Liver': ['hepatic'],
+    'Ovarian': ['ovaries'],
+    'Pancreatic': ['pancreas gland'],
+    'Stomach': ['gastric'],
+    'Uterus': ['endometrium', 'corpus uteri'],
+    'Cervix': ['cervix uteri', 'uterine cervix'],
+    'Kidney': ['renal'],
+}
+
 
 def tissue_catalogue(
     ids: Iterable[str] = TISSUES,
@@ -51,8 +73,19 @@ def tissue_id(label: str) -> Optional[str]:
 
 # %% ../nbs/17_tiles.ipynb #0010
 MIN_SIDE = 32    # pixels
-MODES = {'L': 'is grey-scale', 'LA': 'is grey-scale with alpha', '1': 'is black and white', 'P': 'has a palette', 'RGBA': 'has an alpha channel', 'I;16': 'has 16 bits a channel',
-         'I;16B': 'has 16 bits a channel', 'I': 'has 32 bits a pixel', 'F': 'has floating-point pixels', 'CMYK': 'is CMYK'}
+MODES = {
+    'L': 'is grey-scale',
+    'LA': 'is grey-scale with alpha',
+    '1': 'is black and white',
+    'P': 'has a palette',
+    'RGBA': 'has an alpha channel',
+    'I;16': 'has 16 bits a channel',
+    'I;16B': 'has 16 bits a channel',
+    'I': 'has 32 bits a pixel',
+    'F': 'has floating-point pixels',
+    'CMYK': 'is CMYK',
+}
+
 
 def check_tile(
     image: Image.Image,
@@ -60,10 +93,18 @@ def check_tile(
 ) -> Image.Image:          # the same, cut to a square where it is a few pixels off
     "Raise an `InputError` unless an image is a usable tile."
     hint = 'export it as 8-bit RGB without alpha'
-    if image.mode != 'RGB': raise InputError(f'{MODES.get(image.mode, f"has the mode {image.mode}")}, a tile is 8-bit RGB', **place, field='mode', hint=hint)
+    if image.mode != 'RGB':
+        raise InputError(
+            f'{MODES.get(image.mode, f"has the mode {image.mode}")}, a tile is 8-bit RGB',
+            **place,
+            field='mode',
+            hint=hint,
+        )
     w, h = image.size
     if min(w, h) < MIN_SIDE or max(w, h) > 1.1*min(w, h):
-        raise InputError(f'is {w} x {h} pixels, a tile is square and has {MIN_SIDE} or more a side', **place, field='size')
+        raise InputError(
+            f'is {w} x {h} pixels, a tile is square and has {MIN_SIDE} or more a side', **place, field='size'
+        )
     return image if w == h else ImageOps.fit(image, (min(w, h),)*2)
 
 # %% ../nbs/17_tiles.ipynb #0011
@@ -84,12 +125,20 @@ def open_tile(
     "Decode and check a tile."
     try:
         image = Image.open(io.BytesIO(raw), formats=('PNG', 'JPEG', 'TIFF'))
-        if max(_png_bits(raw), _tiff_bits(image)) > 8: raise InputError('has 16 bits a channel, a tile is 8-bit RGB', **place, field='mode', hint='export it as 8-bit RGB')
+        if max(_png_bits(raw), _tiff_bits(image)) > 8:
+            raise InputError(
+                'has 16 bits a channel, a tile is 8-bit RGB', **place, field='mode', hint='export it as 8-bit RGB'
+            )
         image.load()
-    except InputError: raise
-    except Exception as e:                # damage makes decoders raise anything
+    except InputError:
+        raise
+    except Exception as e:  # damage makes decoders raise anything
         cut = any(w in str(e).lower() for w in ('truncated', 'stream', 'incomplete'))
-        raise InputError('is truncated' if cut else f'is not a readable picture: {printable(e, 100)}', **place, hint='copy it again' if cut else 'PNG, JPEG or TIFF') from e
+        raise InputError(
+            'is truncated' if cut else f'is not a readable picture: {printable(e, 100)}',
+            **place,
+            hint='copy it again' if cut else 'PNG, JPEG or TIFF',
+        ) from e
     return check_tile(image, **place)
 
 # %% ../nbs/17_tiles.ipynb #0017
@@ -116,18 +165,29 @@ def pannuke_folds(
     "Find the folds of a PanNuke download, in any of its layouts."
     out = {}
     for f in sorted(Path(folder).rglob('images.npy')):
-        number = re.findall(r'fold[ _-]?(\d+)', f.parent.relative_to(folder).as_posix() or '', flags=re.I) or re.findall(r'fold[ _-]?(\d+)', Path(folder).name, flags=re.I) or ['1']
-        if int(number[-1]) in out: raise InputError(f'fold {number[-1]} is there twice, also in {out[int(number[-1])]}', file=f)
+        number = (
+            re.findall(r'fold[ _-]?(\d+)', f.parent.relative_to(folder).as_posix() or '', flags=re.I)
+            or re.findall(r'fold[ _-]?(\d+)', Path(folder).name, flags=re.I)
+            or ['1']
+        )
+        if int(number[-1]) in out:
+            raise InputError(f'fold {number[-1]} is there twice, also in {out[int(number[-1])]}', file=f)
         out[int(number[-1])] = f.parent
     return out
 
 # %% ../nbs/17_tiles.ipynb #0022
 def _array(file: Path, mmap: bool = False) -> np.ndarray:
     "A NumPy array without pickled objects, or an `InputError`."
-    if not file.exists(): raise InputError('is missing', file=file, hint='PanNuke has images.npy and types.npy for each fold')
-    try: x = np.load(file, mmap_mode='r' if mmap else None, allow_pickle=False)
-    except Exception as e: raise InputError(f'is truncated or not a plain NumPy array: {printable(e, 100)}', file=file, hint='download it again') from e    # a damaged header raises anything
-    if not isinstance(x, np.ndarray): raise InputError('is an archive of arrays, not one array', file=file, hint='download it again')
+    if not file.exists():
+        raise InputError('is missing', file=file, hint='PanNuke has images.npy and types.npy for each fold')
+    try:
+        x = np.load(file, mmap_mode='r' if mmap else None, allow_pickle=False)
+    except Exception as e:
+        raise InputError(
+            f'is truncated or not a plain NumPy array: {printable(e, 100)}', file=file, hint='download it again'
+        ) from e  # a damaged header raises anything
+    if not isinstance(x, np.ndarray):
+        raise InputError('is an archive of arrays, not one array', file=file, hint='download it again')
     return x
 
 # %% ../nbs/17_tiles.ipynb #0023
@@ -135,14 +195,32 @@ def pannuke_arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     "Images (N, S, S, 3), mapped, and types (N,) of a fold."
     images, types = _array(folder/'images.npy', True), _array(folder/'types.npy')
     if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2]:
-        kind = 'grey-scale' if images.ndim == 3 or images.shape[-1:] == (1,) else 'with alpha' if images.shape[-1:] == (4,) else 'of another shape'
-        raise InputError(f'holds images {kind}, {images.shape}, not (N, 256, 256, 3)', file=folder/'images.npy', field='shape')
-    if images.dtype.kind not in 'fu' or images.dtype == np.uint16: raise InputError(f'holds {images.dtype}, not floats or bytes in 0-255', file=folder/'images.npy', field='dtype')
+        kind = (
+            'grey-scale'
+            if images.ndim == 3 or images.shape[-1:] == (1,)
+            else 'with alpha'
+            if images.shape[-1:] == (4,)
+            else 'of another shape'
+        )
+        raise InputError(
+            f'holds images {kind}, {images.shape}, not (N, 256, 256, 3)', file=folder / 'images.npy', field='shape'
+        )
+    if images.dtype.kind not in 'fu' or images.dtype == np.uint16:
+        raise InputError(
+            f'holds {images.dtype}, not floats or bytes in 0-255', file=folder / 'images.npy', field='dtype'
+        )
     if not images.size: raise InputError('holds no image', file=folder/'images.npy', field='shape')
     if types.shape != images.shape[:1] or types.dtype.kind != 'U':
-        raise InputError(f'has {types.dtype} of shape {types.shape} for {len(images)} images', file=folder/'types.npy', field='shape')
+        raise InputError(
+            f'has {types.dtype} of shape {types.shape} for {len(images)} images',
+            file=folder / 'types.npy',
+            field='shape',
+        )
     codes = np.frombuffer(types.tobytes(), np.dtype('u4').newbyteorder(types.dtype.byteorder))
-    if codes.max(initial=0) > sys.maxunicode: raise InputError('holds bytes that are no text', file=folder/'types.npy', hint='download it again')    # NumPy would make broken strings of them
+    if codes.max(initial=0) > sys.maxunicode:
+        raise InputError(
+            'holds bytes that are no text', file=folder / 'types.npy', hint='download it again'
+        )  # NumPy would make broken strings of them
     return images, types
 
 # %% ../nbs/17_tiles.ipynb #0024
@@ -152,8 +230,10 @@ def pannuke_tile(
 ) -> Image.Image:
     "A tile from its array; values that are no pixels are refused."
     x = np.asarray(pixels, float)
-    if not np.isfinite(x).all() or x.min() < 0 or x.max() > 255: raise InputError('has values outside 0-255', **place, field='pixels')
-    if 0 < x.max() <= 1: raise InputError('has values in 0-1; PanNuke has 0-255', **place, field='pixels', hint='multiply by 255')
+    if not np.isfinite(x).all() or x.min() < 0 or x.max() > 255:
+        raise InputError('has values outside 0-255', **place, field='pixels')
+    if 0 < x.max() <= 1:
+        raise InputError('has values in 0-1; PanNuke has 0-255', **place, field='pixels', hint='multiply by 255')
     return check_tile(Image.fromarray(np.uint8(x + .5)), **place)
 
 # %% ../nbs/17_tiles.ipynb #0025
@@ -170,8 +250,10 @@ def load_pannuke(
             name, tissue = f'fold{k}-{i:05d}', tissue_id(t) if t else None
             if labels and tissue not in TISSUES:
                 wrong = f'{printable(t, 40)!r} is not one of the 19 tissues' if t.strip() else 'the type is missing'
-                _refuse(InputError(wrong, file=where/'types.npy', record=i, field='type'), problems, on_error); continue
-            cases.append(Case(name, labels={'tissue': tissue} if labels else {}, group=f'PanNuke:{name}')); of[name] = (k, i)
+                _refuse(InputError(wrong, file=where / 'types.npy', record=i, field='type'), problems, on_error)
+                continue
+            cases.append(Case(name, labels={'tissue': tissue} if labels else {}, group=f'PanNuke:{name}'))
+            of[name] = (k, i)
     read = lambda c: pannuke_tile(arrays[of[c][0]][of[c][1]], file=folds[of[c][0]]/'images.npy', record=of[c][1])
     return Tiles(cases, problems, read, {c: k for c, (k, i) in of.items()}, patients=False)
 
@@ -180,12 +262,19 @@ PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff')
 
 def _zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
     "Name to reader for the files of a zip; one that points outside, or is a link, refuses the whole archive."
-    try: archive = zipfile.ZipFile(path)
-    except Exception as e: raise InputError(f'is not a readable zip: {printable(e)}', file=path) from e    # damage makes zipfile raise anything
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as e:
+        raise InputError(
+            f'is not a readable zip: {printable(e)}', file=path
+        ) from e  # damage makes zipfile raise anything
     check_archive(archive, path)
     def reader(name):
-        try: return archive.read(name)
-        except Exception as e: raise InputError(f'cannot be unpacked: {printable(e, 80)}', file=f'{path.name}/{name}') from e
+        try:
+            return archive.read(name)
+        except Exception as e:
+            raise InputError(f'cannot be unpacked: {printable(e, 80)}', file=f'{path.name}/{name}') from e
+
     return {n: partial(reader, n) for n in archive.namelist() if not n.endswith('/')}
 
 # %% ../nbs/17_tiles.ipynb #0031
@@ -196,7 +285,9 @@ def tile_files(
     path = Path(path)
     if not path.exists(): raise InputError('does not exist', file=path)
     if path.is_dir():
-        found = {f.relative_to(path).as_posix(): f.read_bytes for f in path.rglob('*') if f.is_file() and not f.is_symlink()}
+        found = {
+            f.relative_to(path).as_posix(): f.read_bytes for f in path.rglob('*') if f.is_file() and not f.is_symlink()
+        }
     elif path.suffix == '.zip': found = _zip_members(path)
     else: raise InputError('is neither a folder nor a zip', file=path)
     return dict(sorted((n, r) for n, r in found.items() if not Path(n).name.startswith('.')))
@@ -206,16 +297,35 @@ def label_table(
     raw: bytes, file: Path | str,
 ) -> pd.DataFrame:                # file, label, patient and, if there, split and fold; all text
     "Read labels.csv."
-    try: t = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False, index_col=False).fillna('')
-    except (ValueError, OverflowError) as e: raise InputError(f'is not a readable table: {printable(e, 100)}', file=file) from e
+    try:
+        t = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False, index_col=False).fillna('')
+    except (ValueError, OverflowError) as e:
+        raise InputError(f'is not a readable table: {printable(e, 100)}', file=file) from e
     missing = [c for c in ('file', 'label', 'patient') if c not in t]
-    if missing: raise InputError('the table lacks columns', file=file, field=', '.join(missing), hint='a row a tile: file, label, patient')
+    if missing:
+        raise InputError(
+            'the table lacks columns', file=file, field=', '.join(missing), hint='a row a tile: file, label, patient'
+        )
     t = t.assign(patient=t.patient.str.strip(), **({'split': t.split.str.strip().str.lower()} if 'split' in t else {}))
     odd = t[~t.split.isin(['', *SHARES])] if 'split' in t else t[:0]
-    if len(odd): raise InputError(f'{printable(odd.split.iloc[0], 40)!r} is no split', file=file, record=odd.file.iloc[0], field='split', hint='known are ' + ', '.join(SHARES))
+    if len(odd):
+        raise InputError(
+            f'{printable(odd.split.iloc[0], 40)!r} is no split',
+            file=file,
+            record=odd.file.iloc[0],
+            field='split',
+            hint='known are ' + ', '.join(SHARES),
+        )
     for column in {'split', 'fold'} & set(t):
         sides = t[t[column] != ''].groupby('patient')[column].nunique()
-        if (sides > 1).any(): raise InputError(f'the patient is in {sides.max()} of them, on both sides', file=file, record=sides.idxmax(), field=column, hint='split by patient')
+        if (sides > 1).any():
+            raise InputError(
+                f'the patient is in {sides.max()} of them, on both sides',
+                file=file,
+                record=sides.idxmax(),
+                field=column,
+                hint='split by patient',
+            )
     return t
 
 # %% ../nbs/17_tiles.ipynb #0035
@@ -223,7 +333,13 @@ def _row_case(row: dict, files: dict, taken: set, file: str) -> Case:
     "The case of a row of the table, or an `InputError`."
     place, tissue = {'file': file, 'record': row['file']}, tissue_id(row['label'])
     if not row['label'].strip(): raise InputError('the type is missing', **place, field='label')
-    if tissue is None: raise InputError(f'{printable(row["label"], 40)!r} is outside the catalogue of tissues', **place, field='label', hint='known are ' + ', '.join(MORPHOLOGY))
+    if tissue is None:
+        raise InputError(
+            f'{printable(row["label"], 40)!r} is outside the catalogue of tissues',
+            **place,
+            field='label',
+            hint='known are ' + ', '.join(MORPHOLOGY),
+        )
     if not row['patient'].strip(): raise InputError('names no patient', **place, field='patient')
     if row['file'] not in files: raise InputError('the file is not there', **place, field='file')
     if row['file'] in taken: raise InputError('the file is listed twice', **place, field='file')
@@ -238,19 +354,33 @@ def load_labelled(
 ) -> Tiles:
     "Tiles with a table of labels."
     files, problems, cases, taken, names = tile_files(path), [], [], set(), {}
-    if labels and 'labels.csv' not in files: raise InputError('holds no labels.csv', file=path, hint='a table with the columns file, label, patient')
+    if labels and 'labels.csv' not in files:
+        raise InputError('holds no labels.csv', file=path, hint='a table with the columns file, label, patient')
     rows = label_table(files['labels.csv'](), f'{Path(path).name}/labels.csv').to_dict('records') if labels else [
         dict(file=n) for n in files if Path(n).suffix.lower() in PICTURES]
     for row in rows:
         try:
-            c = _row_case(row, files, taken, f'{Path(path).name}/labels.csv') if labels else Case(Path(row['file']).with_suffix('').as_posix())
+            c = (
+                _row_case(row, files, taken, f'{Path(path).name}/labels.csv')
+                if labels
+                else Case(Path(row['file']).with_suffix('').as_posix())
+            )
             open_tile(files[row['file']](), file=f'{Path(path).name}/{row["file"]}')
             if c.id in names: raise InputError('another tile has the same name', file=row['file'])
-            cases.append(c if c.group else replace(c, group=c.id)); names[c.id] = row
-        except InputError as e: _refuse(e, problems, on_error)
+            cases.append(c if c.group else replace(c, group=c.id))
+            names[c.id] = row
+        except InputError as e:
+            _refuse(e, problems, on_error)
     if not cases and not problems: raise InputError('holds no tiles', file=path)
     told = lambda column: {i: r[column] for i, r in names.items() if r.get(column)}
-    return Tiles(cases, problems, lambda i: open_tile(files[names[i]['file']](), file=names[i]['file']), told('fold'), told('split'), labels)
+    return Tiles(
+        cases,
+        problems,
+        lambda i: open_tile(files[names[i]['file']](), file=names[i]['file']),
+        told('fold'),
+        told('split'),
+        labels,
+    )
 
 # %% ../nbs/17_tiles.ipynb #0040
 def load_tiles(
@@ -265,15 +395,20 @@ def load_tiles(
 # %% ../nbs/17_tiles.ipynb #0043
 def source_stamp(
     path: Path | str,
-) -> tuple[list[str], Optional[list]]:   # files or folders to digest; size and time of files too big for it (None: there are none)
+) -> tuple[
+    list[str], Optional[list]
+]:  # files or folders to digest; size and time of files too big for it (None: there are none)
     "What shows that a source has changed."
     folds = pannuke_folds(path) if Path(path).is_dir() else {}
     if not folds: return [str(Path(path).resolve())], None
     big = [(f/'images.npy').resolve() for f in folds.values()]
-    return [str((f/'types.npy').resolve()) for f in folds.values()], [[str(f), (s := f.stat()).st_size, s.st_mtime_ns] for f in big]
+    return [str((f / 'types.npy').resolve()) for f in folds.values()], [
+        [str(f), (s := f.stat()).st_size, s.st_mtime_ns] for f in big
+    ]
 
 # %% ../nbs/17_tiles.ipynb #0046
 NO_PATIENTS = 'the source names no patients: splits follow its folds, tiles of one patient may stand on both sides, and intervals take tiles as independent'
+
 
 def fold_pools(folds: Sequence[int]) -> dict[str, int]:
     "Which fold each split is drawn from: training from the first, test from the last, the others from between."
@@ -333,21 +468,31 @@ def simulated_tiles(
 ) -> TileCohort:
     "Simulate tiles of patients who have one section each."
     sizes, rng = {s: n for s in SHARES if (n := getattr(params, s))}, np.random.default_rng(params.seed)
-    if not {'train', 'test'} <= set(sizes): raise InputError('a simulated cohort needs a number of cases', field='cohort.train, cohort.test')
+    if not {'train', 'test'} <= set(sizes):
+        raise InputError('a simulated cohort needs a number of cases', field='cohort.train, cohort.test')
     tissues = sorted(rng.permutation(TISSUES)[:params.diseases or None].tolist())
     each = sum(-(-n//(len(tissues)*params.tiles)) for n in sizes.values())             # patients of a tissue
     cases, field_of = [], {}
     for n, t in enumerate(rng.permutation(tissues*each)):                              # ids in random order
         for j in range(params.tiles):
-            cases.append(Case(f'SIM-{len(cases) + 1:05d}', labels={label: str(t)}, group=f'SIM:{n + 1:05d}')); field_of[cases[-1].id] = j
+            cases.append(Case(f'SIM-{len(cases) + 1:05d}', labels={label: str(t)}, group=f'SIM:{n + 1:05d}'))
+            field_of[cases[-1].id] = j
     draw = lambda c: simulate_tile(c.labels[label], c.group, field_of[c.id], params.seed, params.image_size)
-    return TileCohort(split_by_group(cases, sizes, params.seed, label), tissue_catalogue(tissues), {'source': None, 'simulated': True, 'problems': []}, draw)
+    return TileCohort(
+        split_by_group(cases, sizes, params.seed, label),
+        tissue_catalogue(tissues),
+        {'source': None, 'simulated': True, 'problems': []},
+        draw,
+    )
 
 # %% ../nbs/17_tiles.ipynb #0055
 def _usable(path: str) -> Tiles:
     "A source with at least one tile."
     tiles = load_tiles(path)
-    if not tiles.cases: raise InputError(f'holds no usable tile, but {len(tiles.problems)} problems; the first: {tiles.problems[0]}', file=path)
+    if not tiles.cases:
+        raise InputError(
+            f'holds no usable tile, but {len(tiles.problems)} problems; the first: {tiles.problems[0]}', file=path
+        )
     return tiles
 
 # %% ../nbs/17_tiles.ipynb #0056
@@ -360,21 +505,40 @@ def real_tiles(params: CohortParams, label: str = 'tissue') -> TileCohort:
     chosen = split_tiles(tiles, [c for c in cases if c.labels[label] in answers.index], params, label) + outside
     problems = [*tiles.problems, *(other.problems if other else ())]
     known = all(t.patients for t in (tiles, other) if t)
-    facts = {'source': str(params.source), 'test_source': params.test_source, 'simulated': False, 'read': len(tiles.cases), 'answers_read': len(answer_table(tiles.cases, label)),
-             'lost': len(problems), 'corrected': 0, 'patients': known, 'problems': [str(e) for e in problems[:50]]}
+    facts = {
+        'source': str(params.source),
+        'test_source': params.test_source,
+        'simulated': False,
+        'read': len(tiles.cases),
+        'answers_read': len(answer_table(tiles.cases, label)),
+        'lost': len(problems),
+        'corrected': 0,
+        'patients': known,
+        'problems': [str(e) for e in problems[:50]],
+    }
     image = lambda c: (other if other and c.split == 'test' else tiles).read(c.id)
-    return TileCohort(chosen, tissue_catalogue(sorted(answers.index)), facts, lambda c: ((i := image(c)), describe_tile(i, case_seed('words', c.id)))[:2])
+    return TileCohort(
+        chosen,
+        tissue_catalogue(sorted(answers.index)),
+        facts,
+        lambda c: ((i := image(c)), describe_tile(i, case_seed('words', c.id)))[:2],
+    )
 
 # %% ../nbs/17_tiles.ipynb #0059
 def save_tiles(
     cohort: TileCohort,
-    images: Path,          # folder for the pictures
-) -> tuple[list[Case], dict[str, str], list[InputError]]:   # cases with `image` ('images/...'); captions; tiles that were left out
+    images: Path,  # folder for the pictures
+) -> tuple[
+    list[Case], dict[str, str], list[InputError]
+]:  # cases with `image` ('images/...'); captions; tiles that were left out
     "Write the tiles of a run."
     cases, captions, problems = [], {}, []
     for c in progress(cohort.cases, 'writing tiles'):
-        try: image, captions[c.id] = cohort.picture(c)
-        except InputError as e: problems.append(e); continue
+        try:
+            image, captions[c.id] = cohort.picture(c)
+        except InputError as e:
+            problems.append(e)
+            continue
         name = f'{file_name(c.id)}.png'
         image.save(images/name, compress_level=1)
         cases.append(replace(c, image=f'images/{name}'))
@@ -390,7 +554,9 @@ def stain_jitter(
     if not sigma: return np.asarray(tiles, 'float32')/255
     shape = (len(tiles), 1, 1, 3)
     od = -np.log((np.asarray(tiles, 'float32') + .5)/255.5)
-    s = (od @ hed_from_rgb.astype('float32'))*rng.uniform(1 - sigma, 1 + sigma, shape).astype('float32') + rng.uniform(-sigma, sigma, shape).astype('float32')
+    s = (od @ hed_from_rgb.astype('float32')) * rng.uniform(1 - sigma, 1 + sigma, shape).astype(
+        'float32'
+    ) + rng.uniform(-sigma, sigma, shape).astype('float32')
     return np.clip(np.exp(-(s @ rgb_from_hed.astype('float32'))), 0, 1)
 
 # %% ../nbs/17_tiles.ipynb #0063
@@ -399,7 +565,10 @@ def turned(
     rng: np.random.Generator,
 ) -> np.ndarray:
     "Each tile in one of its eight orientations."
-    out = [np.rot90(t[:, ::-1] if flip else t, k) for t, flip, k in zip(tiles, rng.integers(0, 2, len(tiles)), rng.integers(0, 4, len(tiles)))]
+    out = [
+        np.rot90(t[:, ::-1] if flip else t, k)
+        for t, flip, k in zip(tiles, rng.integers(0, 2, len(tiles)), rng.integers(0, 4, len(tiles)))
+    ]
     return np.stack(out)
 
 # %% ../nbs/17_tiles.ipynb #0011-68
@@ -413,7 +582,10 @@ def new_tiles(
     with atomic_path(Path(out)/'images') as images:
         images.mkdir(parents=True)
         for c in tiles.cases:
-            try: tiles.read(c.id).save(images/f'{file_name(c.id)}.png')
-            except InputError as e: problems.append(e); continue
+            try:
+                tiles.read(c.id).save(images / f'{file_name(c.id)}.png')
+            except InputError as e:
+                problems.append(e)
+                continue
             found.append(replace(c, image=str(Path(out).resolve()/'images'/f'{file_name(c.id)}.png'), labels={}))
     return found, problems

@@ -45,16 +45,34 @@ def loss_options(
     "The hyper-parameters of a loss's own: its defaults, and what is given for it."
     known = {o for l in LOSSES.values() for o in l.options}
     if wrong := sorted(set(given) - known):
-        raise InputError(f'no loss has such a hyper-parameter; there are {sorted(known) or "none"}', field=f'train.loss.{wrong[0]}')
+        raise InputError(
+            f'no loss has such a hyper-parameter; there are {sorted(known) or "none"}', field=f'train.loss.{wrong[0]}'
+        )
     return loss.options | {k: v for k, v in given.items() if k in loss.options}
 
 # %% ../nbs/45_trainer.ipynb #0091
 class PreferenceTrainer(Trainer):
     "A `transformers.Trainer` whose examples are items and whose loss is one of `LOSSES`."
-    def __init__(self, student: Student, engine: Engine | SeparateEngine, loss: str, params: TrainParams, reference: Optional[dict] = None, **kw):
+
+    def __init__(
+        self,
+        student: Student,
+        engine: Engine | SeparateEngine,
+        loss: str,
+        params: TrainParams,
+        reference: Optional[dict] = None,
+        **kw,
+    ):
         super().__init__(model=student.model, data_collator=lambda items: {'items': items}, **kw)
         self.loss_params = loss_options(LOSSES[loss], params.loss)
-        self.engine, self.loss, self.params, self.reference, self.seen, self.updates = engine, LOSSES[loss], params, reference or {}, {}, 0
+        self.engine, self.loss, self.params, self.reference, self.seen, self.updates = (
+            engine,
+            LOSSES[loss],
+            params,
+            reference or {},
+            {},
+            0,
+        )
         self.others = {i.case_id: i for i in mismatched(self.train_dataset)} if self.loss.kl else {}
         if self.loss.kl: self.other_reference = reference_logps(engine, list(self.others.values()), 'zero point')
 
@@ -62,10 +80,20 @@ class PreferenceTrainer(Trainer):
         "A row's share of the batch's loss, and what to log."
         lp = self.engine.logps(row, prompt=self.params.nll_on == 'trl' and not self.loss.reference)
         if self.loss.reference:
-            ref = lambda part: torch.tensor([x for i in row for x in self.reference[i.case_id][part]], device=lp.chosen.device)
+            ref = lambda part: torch.tensor(
+                [x for i in row for x in self.reference[i.case_id][part]], device=lp.chosen.device
+            )
             lp = lp._replace(ref_chosen=ref(slice(0, 1)), ref_rejected=ref(slice(1, None)))
         p = self.params
-        loss, seen = self.loss.f(lp, total, beta=p.dpo_beta if self.loss.reference else p.beta, gamma=p.simpo_gamma, nll_on=p.nll_on, kl=kl, **self.loss_params)
+        loss, seen = self.loss.f(
+            lp,
+            total,
+            beta=p.dpo_beta if self.loss.reference else p.beta,
+            gamma=p.simpo_gamma,
+            nll_on=p.nll_on,
+            kl=kl,
+            **self.loss_params,
+        )
         seen['chosen_logp'] = (lp.chosen/lp.chosen_len).sum().detach()/total.items
         if self.loss.rejected: seen['rejected_logp'] = (lp.rejected/lp.rejected_len).sum().detach()/total.pairs
         return loss, seen
@@ -73,18 +101,29 @@ class PreferenceTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         "Batches; of several processes each gets the whole batch, in the order in which one process would."
         if self.accelerator.num_processes == 1: return super().get_train_dataloader()
-        loader = DataLoader(self.train_dataset, self.params.batch, sampler=self._get_train_sampler(self.train_dataset), collate_fn=self.data_collator)
-        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=self.args.data_seed)
+        loader = DataLoader(
+            self.train_dataset,
+            self.params.batch,
+            sampler=self._get_train_sampler(self.train_dataset),
+            collate_fn=self.data_collator,
+        )
+        return prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=self.args.data_seed
+        )
 
 # %% ../nbs/45_trainer.ipynb #0092
 @patch
 @torch.no_grad()
-def zero_point(self: PreferenceTrainer, mine: Sequence[tuple[Item, int]]) -> float:   # items of this process and their weights
+def zero_point(
+    self: PreferenceTrainer, mine: Sequence[tuple[Item, int]]
+) -> float:  # items of this process and their weights
     "Mean log-ratio of answers that belong to other prompts over the whole batch, at least zero."
     some = [self.others[i.case_id] for i, w in mine if w]
     lps = [self.engine.logps(r) for r in rows_of(some, self.engine.budget)]
     now = sum(torch.cat([l.chosen, l.rejected]).sum().item() for l in lps)
-    off, count = self.over_all([now - sum(sum(self.other_reference[i.case_id]) for i in some), sum(len(i.answers) for i in some)])
+    off, count = self.over_all(
+        [now - sum(sum(self.other_reference[i.case_id]) for i in some), sum(len(i.answers) for i in some)]
+    )
     return max(0., off/count)
 
 @patch
@@ -101,7 +140,12 @@ def training_step(self: PreferenceTrainer, model, inputs, num_items_in_batch=Non
     "Forward and backward for one batch, row by row; of several processes each computes its share."
     model.train()
     items = inputs['items'] if self.loss.rejected else [replace(i, answers=i.answers[:1]) for i in inputs['items']]
-    total, loss, seen, n = totals(items), torch.zeros((), device=self.accelerator.device), {}, self.accelerator.num_processes
+    total, loss, seen, n = (
+        totals(items),
+        torch.zeros((), device=self.accelerator.device),
+        {},
+        self.accelerator.num_processes,
+    )
     mine, scale = share(items, self.accelerator.process_index, n), n if sharded(model) else 1     # shards average
     kl = self.zero_point(mine) if self.loss.kl else 0.
     for weight in (1, 0):
@@ -130,7 +174,11 @@ def sharded(model: nn.Module) -> bool:
 
 def save_adapter(model: Any, folder: Path, write: bool = True) -> None:
     "Write a model's adapter; of several processes all call this, and one writes."
-    state = {n: whole(p) for n, p in model.state_dict().items() if isinstance(p, DTensor) and 'lora' in n} if sharded(model) else None
+    state = (
+        {n: whole(p) for n, p in model.state_dict().items() if isinstance(p, DTensor) and 'lora' in n}
+        if sharded(model)
+        else None
+    )
     if write: model.save_pretrained(folder, **({'state_dict': state} if state else {}))
 
 # %% ../nbs/45_trainer.ipynb #0096
@@ -151,11 +199,37 @@ def last_checkpoint(folder: Path | str) -> Optional[str]:
 def trainer_settings(params: TrainParams, folder: Path | str, steps: int, lr: float, seed: int) -> dict:
     "Settings of a `transformers` or TRL trainer: schedule, checkpoints, the run's seed."
     gpu, processes = torch.cuda.is_available(), int(os.environ.get('WORLD_SIZE', 1))
-    return dict(output_dir=str(folder), per_device_train_batch_size=max(1, params.batch//processes), max_steps=steps, learning_rate=lr,
-                **(dict(lr_scheduler_type='warmup_stable_decay', lr_scheduler_kwargs=dict(num_decay_steps=max(1, round(.2*steps)))) if params.schedule == 'wsd' else dict(lr_scheduler_type='cosine')),
-                warmup_steps=round(params.warmup*steps), max_grad_norm=params.grad_norm, weight_decay=0., logging_steps=1, logging_first_step=True,
-                save_steps=params.checkpoint_every, save_total_limit=2, seed=seed, data_seed=seed, bf16=False, use_cpu=not gpu, remove_unused_columns=False,
-                report_to=params.report_to, dataloader_pin_memory=False, dataloader_num_workers=0, gradient_checkpointing=False, disable_tqdm=bool(os.environ.get('MINT_QUIET')))
+    return dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=max(1, params.batch // processes),
+        max_steps=steps,
+        learning_rate=lr,
+        **(
+            dict(
+                lr_scheduler_type='warmup_stable_decay',
+                lr_scheduler_kwargs=dict(num_decay_steps=max(1, round(0.2 * steps))),
+            )
+            if params.schedule == 'wsd'
+            else dict(lr_scheduler_type='cosine')
+        ),
+        warmup_steps=round(params.warmup * steps),
+        max_grad_norm=params.grad_norm,
+        weight_decay=0.0,
+        logging_steps=1,
+        logging_first_step=True,
+        save_steps=params.checkpoint_every,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        use_cpu=not gpu,
+        remove_unused_columns=False,
+        report_to=params.report_to,
+        dataloader_pin_memory=False,
+        dataloader_num_workers=0,
+        gradient_checkpointing=False,
+        disable_tqdm=bool(os.environ.get('MINT_QUIET')),
+    )
 
 # %% ../nbs/45_trainer.ipynb #0100
 class Bar(TrainerCallback):
@@ -172,7 +246,8 @@ class Bar(TrainerCallback):
 def quiet(trainer: Trainer) -> Trainer:
     "The trainer without its own bars and prints. They are known by name: to import the one for notebooks takes IPython, which a bare GPU machine lacks."
     for c in list(trainer.callback_handler.callbacks):
-        if type(c).__name__ in ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback'): trainer.remove_callback(c)
+        if type(c).__name__ in ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback'):
+            trainer.remove_callback(c)
     return trainer
 
 # %% ../nbs/45_trainer.ipynb #upd1
@@ -187,12 +262,24 @@ def trl_rows(items: Sequence[Item], loss: str) -> list[dict]:
     "Items as the rows that a TRL trainer makes of its dataset, a row for each pair."
     rows = []
     for it in items:
-        full = lambda a: dict(input_ids=it.prompt + a, attention_mask=[1]*(len(it.prompt) + len(a)), labels=[-100]*len(it.prompt) + a)
-        if loss == 'sft': rows.append(full(it.answers[0])); continue
+        full = lambda a: dict(
+            input_ids=it.prompt + a, attention_mask=[1] * (len(it.prompt) + len(a)), labels=[-100] * len(it.prompt) + a
+        )
+        if loss == 'sft':
+            rows.append(full(it.answers[0]))
+            continue
         for rejected in it.answers[1:]:
-            if loss == 'dpo': rows.append(dict(prompt_ids=it.prompt, chosen_ids=it.answers[0], rejected_ids=rejected)); continue
-            rows.append(dict(prompt_input_ids=it.prompt, prompt_attention_mask=[1]*len(it.prompt), **{f'chosen_{k}': v for k, v in full(it.answers[0]).items()},
-                             **{f'rejected_{k}': v for k, v in full(rejected).items()}))
+            if loss == 'dpo':
+                rows.append(dict(prompt_ids=it.prompt, chosen_ids=it.answers[0], rejected_ids=rejected))
+                continue
+            rows.append(
+                dict(
+                    prompt_input_ids=it.prompt,
+                    prompt_attention_mask=[1] * len(it.prompt),
+                    **{f'chosen_{k}': v for k, v in full(it.answers[0]).items()},
+                    **{f'rejected_{k}': v for k, v in full(rejected).items()},
+                )
+            )
     return rows
 
 # %% ../nbs/45_trainer.ipynb #0103
@@ -200,14 +287,31 @@ def trl_trainer(student: Student, items: Sequence[Item], loss: str, params: Trai
     "A TRL trainer on the same tokens."
     os.environ.setdefault('TRL_EXPERIMENTAL_SILENCE', '1')
     from datasets import Dataset
-    if loss == 'sft': from trl import SFTConfig as Config, SFTTrainer as Kind
-    elif loss == 'dpo': from trl import DPOConfig as Config, DPOTrainer as Kind   # type: ignore[assignment]   # one of three classes
-    elif loss == 'orpo': from trl.experimental.orpo import ORPOConfig as Config, ORPOTrainer as Kind   # type: ignore[assignment]
-    else: raise InputError('TRL trains sft, orpo and dpo here', field='train.engine', record=loss, hint='leave train.engine at mint')
-    if loss == 'orpo' and params.nll_on != 'trl' and params.engine != 'auto': raise InputError('TRL knows one likelihood for ORPO', field='train.nll_on', record=params.nll_on, hint='set train.nll_on=trl')
-    extra = {'sft': dict(max_length=None, completion_only_loss=True), 'dpo': dict(max_length=None, beta=params.dpo_beta), 'orpo': dict(beta=params.beta, max_length=10**6)}[loss]
-    toy = Dataset.from_list([dict(prompt='a', completion='b') if loss == 'sft' else dict(prompt='a', chosen='b', rejected='c')]*2)
-    trainer = Kind(model=student.model, args=Config(**settings, **extra), train_dataset=toy, processing_class=student.tokenizer)
+    if loss == 'sft':
+        from trl import SFTConfig as Config, SFTTrainer as Kind
+    elif loss == 'dpo':
+        from trl import DPOConfig as Config, DPOTrainer as Kind  # type: ignore[assignment]   # one of three classes
+    elif loss == 'orpo':
+        from trl.experimental.orpo import ORPOConfig as Config, ORPOTrainer as Kind  # type: ignore[assignment]
+    else:
+        raise InputError(
+            'TRL trains sft, orpo and dpo here', field='train.engine', record=loss, hint='leave train.engine at mint'
+        )
+    if loss == 'orpo' and params.nll_on != 'trl' and params.engine != 'auto':
+        raise InputError(
+            'TRL knows one likelihood for ORPO', field='train.nll_on', record=params.nll_on, hint='set train.nll_on=trl'
+        )
+    extra = {
+        'sft': dict(max_length=None, completion_only_loss=True),
+        'dpo': dict(max_length=None, beta=params.dpo_beta),
+        'orpo': dict(beta=params.beta, max_length=10**6),
+    }[loss]
+    toy = Dataset.from_list(
+        [dict(prompt='a', completion='b') if loss == 'sft' else dict(prompt='a', chosen='b', rejected='c')] * 2
+    )
+    trainer = Kind(
+        model=student.model, args=Config(**settings, **extra), train_dataset=toy, processing_class=student.tokenizer
+    )
     trainer.train_dataset = Dataset.from_list(trl_rows(items, loss))
     return trainer
 
@@ -227,12 +331,23 @@ def train(
     if not items: raise InputError('there is nothing to train on', file=folder)
     settings = trainer_settings(params, folder, steps, params.dpo_lr if LOSSES[loss].reference else params.lr, seed)
     engine = engine or make_engine(student, params)
-    if not engine and any(i.image for i in items): raise InputError('the TRL trainers read text only here', field='train.engine', record='trl', hint='set train.engine to mint or separate')
-    if not engine: trainer = trl_trainer(student, items, loss, params, settings)
-    else: trainer = PreferenceTrainer(student, engine, loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items))
+    if not engine and any(i.image for i in items):
+        raise InputError(
+            'the TRL trainers read text only here',
+            field='train.engine',
+            record='trl',
+            hint='set train.engine to mint or separate',
+        )
+    if not engine:
+        trainer = trl_trainer(student, items, loss, params, settings)
+    else:
+        trainer = PreferenceTrainer(
+            student, engine, loss, params, reference, args=TrainingArguments(**settings), train_dataset=list(items)
+        )
     quiet(trainer).add_callback(Bar(loss))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if 'ref' in getattr(student.model, 'peft_config', {}): student.model.delete_adapter('ref')      # TRL's copy of the start
+    if 'ref' in getattr(student.model, 'peft_config', {}):
+        student.model.delete_adapter('ref')  # TRL's copy of the start
     student.model.eval()
     return [r for r in trainer.state.log_history if 'loss' in r]
 
@@ -244,7 +359,9 @@ def caption_items(
 ) -> list[Item]:
     "The request to describe a tile, and its caption."
     ask = [{'role': 'system', 'content': 'You are a pathologist.'}, {'role': 'user', 'content': 'Describe the nuclei.'}]
-    return [Item(i, student.message_ids(list(ask), images[i]), [student.answer_ids(captions[i])], images[i]) for i in images]
+    return [
+        Item(i, student.message_ids(list(ask), images[i]), [student.answer_ids(captions[i])], images[i]) for i in images
+    ]
 
 # %% ../nbs/45_trainer.ipynb #0111
 def learn_captions(
@@ -254,7 +371,8 @@ def learn_captions(
     seed: int = 0,
 ) -> list[float]:              # loss of each update, nats a token
     "Teach the tower to make the frozen language model write captions."
-    student.model.requires_grad_(False); student.vision.requires_grad_(True)
+    student.model.requires_grad_(False)
+    student.vision.requires_grad_(True)
     engine, rng, order, log = Engine(student), np.random.default_rng(seed), [], []
     steps = max(1, math.ceil(params.epochs*len(items)/params.batch))
     optimiser = torch.optim.AdamW(student.vision.parameters(), params.lr, weight_decay=.01)
@@ -262,10 +380,15 @@ def learn_captions(
     for _ in progress(range(steps), 'warm-up: captions'):
         while len(order) < params.batch: order += rng.permutation(len(items)).tolist()
         batch, order = [items[i] for i in order[:params.batch]], order[params.batch:]
-        optimiser.zero_grad(); log.append(0.)
+        optimiser.zero_grad()
+        log.append(0.0)
         for row in rows_of(batch, engine.budget):
-            loss, _ = sft_loss(engine.logps(row), totals(batch)); loss.backward(); log[-1] += loss.item()
-        torch.nn.utils.clip_grad_norm_(student.vision.parameters(), 1.); optimiser.step(); schedule.step()
+            loss, _ = sft_loss(engine.logps(row), totals(batch))
+            loss.backward()
+            log[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(student.vision.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
     student.vision.requires_grad_(False)
     return log
 
@@ -274,4 +397,6 @@ class StopAt(TrainerCallback):
     "Stop after a number of updates (for tests of resuming)."
     def __init__(self, step: int): self.step = step
     def on_step_end(self, args, state, control, **kw):
-        if state.global_step >= self.step: control.should_training_stop = True; control.should_save = True
+        if state.global_step >= self.step:
+            control.should_training_stop = True
+            control.should_save = True

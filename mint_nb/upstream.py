@@ -28,7 +28,10 @@ def accuracy(
     return dict(top1=round(float((place < 1).mean()), 4), top5=round(float((place < 5).mean()), 4), n=len(at))
 
 # %% ../nbs/29_upstream.ipynb #0008
-NETWORKS: dict[str, dict[str, tuple]] = {'note': {'model': ('both', 'portrait'), 'model-note': ('note',)}, 'image': {'model': ('zero_shot', 'probe', 'tuned')}}   # by what the student sees: which teacher ranks by which views
+NETWORKS: dict[str, dict[str, tuple]] = {
+    'note': {'model': ('both', 'portrait'), 'model-note': ('note',)},
+    'image': {'model': ('zero_shot', 'probe', 'tuned')},
+}  # by what the student sees: which teacher ranks by which views
 _FULL = 200     # catalogues up to this size are ranked in full, larger ones at both ends
 
 def _tables(cases: Sequence[Case], scores: np.ndarray, catalogue: Catalogue, seed: int) -> Rankings:
@@ -40,7 +43,12 @@ def _tables(cases: Sequence[Case], scores: np.ndarray, catalogue: Catalogue, see
 def teacher_views(run: Run) -> tuple[str, ...]:
     "The views of a run's teacher; one of them is the view that its parameters name."
     views, chosen = tuple(v for seen in NETWORKS[run.task.view].values() for v in seen), run.params.teacher.view
-    if chosen not in views: raise InputError(f'the teacher of the task {run.params.task} has the views {", ".join(views)}', field='teacher.view', record=chosen)
+    if chosen not in views:
+        raise InputError(
+            f'the teacher of the task {run.params.task} has the views {", ".join(views)}',
+            field='teacher.view',
+            record=chosen,
+        )
     return views
 
 def teacher_maker(run: Run, view: str = 'both') -> Callable[[int], Any]:   # seed to an untrained teacher
@@ -51,7 +59,10 @@ def teacher_maker(run: Run, view: str = 'both') -> Callable[[int], Any]:   # see
         return lambda seed: Teacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, view, seed)
     from mint_nb.dual import DualTeacher
     captions = cohort_captions(run)
-    return lambda seed: DualTeacher(catalogue, p.teacher, root, task.label, p.cohort.image_size, p.teacher.view, seed, captions)
+    return lambda seed: DualTeacher(
+        catalogue, p.teacher, root, task.label, p.cohort.image_size, p.teacher.view, seed, captions
+    )
+
 
 def kind_jobs(run: Run, seed: int, model: str, division: 'Division', train: Sequence[Case]) -> 'list[Job]':
     "The teachers of a kind: one for each fold of the training cases, and a final one for all others."
@@ -94,7 +105,10 @@ def upstream(
         teachers = trained([job for model in kinds for job in kind_jobs(run, seed, model, division, train)])
         for model, seen in kinds.items():
             rank_with(run, seed, model, seen, division, teachers)
-    reads = ['cases/cases.parquet', 'cases/catalogue.json'] + ['cases/captions.parquet']*(get_task(p.task).view == 'image')
+
+    reads = ['cases/cases.parquet', 'cases/catalogue.json'] + ['cases/captions.parquet'] * (
+        get_task(p.task).view == 'image'
+    )
     return run_stage(run, f'upstream/{seed}', body, 'mint_nb.upstream', ['teacher', 'task'], reads,
                      [f'upstream/{x}-{seed}' for x in (*kinds, *views)], extra=[seed, p.cohort.image_size])
 

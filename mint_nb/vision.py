@@ -27,9 +27,14 @@ from .params import VisionParams
 @functools.lru_cache(4096)
 def _bytes_of(path: str, size: int, stamp: int) -> np.ndarray:
     "Pixels (size, size, 3) of an image file, as bytes; `stamp` is the time of its last change."
-    try: image = Image.open(path).convert('RGB')
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e: raise InputError(f'is not a readable image: {e}', file=path) from e
-    if image.width != image.height: raise InputError(f'is {image.width} x {image.height} pixels, not square', file=path, field='image', hint='cut square tiles')
+    try:
+        image = Image.open(path).convert('RGB')
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e:
+        raise InputError(f'is not a readable image: {e}', file=path) from e
+    if image.width != image.height:
+        raise InputError(
+            f'is {image.width} x {image.height} pixels, not square', file=path, field='image', hint='cut square tiles'
+        )
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS) if image.width != size else image)
 
 # %% ../nbs/40_vision.ipynb #0007
@@ -39,13 +44,15 @@ def read_pixels(
 ) -> Tensor:                       # (n, 3, size, size), about -2 to 2
     "Images as a batch of numbers."
     for p in paths:
-        if p is None or not Path(p).is_file(): raise InputError('does not exist' if p else 'a case has no image', file=p, field='image')
+        if p is None or not Path(p).is_file():
+            raise InputError('does not exist' if p else 'a case has no image', file=p, field='image')
     x = np.stack([_bytes_of(str(p), size, Path(p).stat().st_mtime_ns) for p in paths])
     return (torch.from_numpy(x).permute(0, 3, 1, 2).float()/255 - .5)/.25
 
 # %% ../nbs/40_vision.ipynb #0012
 class VisionTower(nn.Module):
     "A vision transformer and a projector: for each patch of an image a vector as wide as a language model's embeddings."
+
     project: Callable[[Tensor], Tensor]     # a method, below
     def __init__(self,
         encoder: PreTrainedModel,   # gives states of patches, the first one of the class token
@@ -58,7 +65,9 @@ class VisionTower(nn.Module):
         self.encoder, self.width, self.merge = encoder, width, merge
         self.size, self.grid = c.image_size, c.image_size//c.patch_size//merge          # pixels and vectors a side
         self.n_tokens, h = self.grid**2, c.hidden_size*merge**2
-        self.projector = nn.Sequential(nn.LayerNorm(h), nn.Linear(h, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
+        self.projector = nn.Sequential(
+            nn.LayerNorm(h), nn.Linear(h, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
+        )
         nn.init.constant_(self.projector[-1].weight, rms)
 
     def patches(self, pixels: Tensor) -> Tensor:   # (n, 3, size, size) -> (n, patches, hidden)
@@ -88,13 +97,30 @@ def make_tower(
     "A small tower from random weights, or around a pretrained vision transformer."
     torch.manual_seed(seed)
     if params.size % (params.patch*params.merge) or params.hidden % params.heads:
-        raise InputError(f'{params.size} pixels do not divide into {params.merge} x {params.merge} patches of {params.patch}, or width {params.hidden} not into {params.heads} heads', field='vision.size, vision.hidden')
+        raise InputError(
+            f'{params.size} pixels do not divide into {params.merge} x {params.merge} patches of {params.patch}, or width {params.hidden} not into {params.heads} heads',
+            field='vision.size, vision.hidden',
+        )
     if params.weights is None:
-        config = ViTConfig(hidden_size=params.hidden, num_hidden_layers=params.layers, num_attention_heads=params.heads, intermediate_size=2*params.hidden,
-                           image_size=params.size, patch_size=params.patch, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+        config = ViTConfig(
+            hidden_size=params.hidden,
+            num_hidden_layers=params.layers,
+            num_attention_heads=params.heads,
+            intermediate_size=2 * params.hidden,
+            image_size=params.size,
+            patch_size=params.patch,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
         return VisionTower(ViTModel(config, add_pooling_layer=False), width, rms, params.merge)
-    try: whole = AutoModel.from_pretrained(params.weights, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as e: raise InputError(f'the vision transformer could not be loaded: {str(e).splitlines()[0]}', field='vision.weights', record=params.weights) from e
+    try:
+        whole = AutoModel.from_pretrained(params.weights, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f'the vision transformer could not be loaded: {str(e).splitlines()[0]}',
+            field='vision.weights',
+            record=params.weights,
+        ) from e
     return VisionTower(getattr(whole, 'vision_model', whole), width, rms, params.merge)
 
 # %% ../nbs/40_vision.ipynb #0019
@@ -106,7 +132,12 @@ def vectors(self: VisionTower, images: Sequence[Path | str]) -> Tensor:   # (n_t
 @patch
 def weights_key(self: VisionTower) -> str:
     "Digest of all weights of the tower."
-    return digest([(n, p.detach().double().sum().item(), p.detach().flatten()[:8].double().tolist()) for n, p in sorted(self.state_dict().items())])
+    return digest(
+        [
+            (n, p.detach().double().sum().item(), p.detach().flatten()[:8].double().tolist())
+            for n, p in sorted(self.state_dict().items())
+        ]
+    )
 
 # %% ../nbs/40_vision.ipynb #0022
 @patch
@@ -114,7 +145,9 @@ def save(self: VisionTower, folder: Path | str) -> Path:
     "Write configuration and weights."
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        write_json(tmp/'config.json', {'width': self.width, 'merge': self.merge, 'encoder': self.encoder.config.to_dict()})
+        write_json(
+            tmp / 'config.json', {'width': self.width, 'merge': self.merge, 'encoder': self.encoder.config.to_dict()}
+        )
         save_file({n: p.detach().contiguous().cpu() for n, p in self.state_dict().items()}, tmp/'model.safetensors')
     return Path(folder)
 
@@ -122,10 +155,15 @@ def save(self: VisionTower, folder: Path | str) -> Path:
 def load_tower(folder: Path | str) -> VisionTower:
     "Read a tower that `save` wrote."
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise InputError('there is no vision tower', file=folder, hint='run the warm-up first')
+    if not (folder / 'config.json').exists():
+        raise InputError('there is no vision tower', file=folder, hint='run the warm-up first')
     facts = read_json(folder/'config.json')
     config = AutoConfig.for_model(**facts['encoder'])
-    tower = VisionTower(ViTModel(config, add_pooling_layer=False) if config.model_type == 'vit' else AutoModel.from_config(config), facts['width'], merge=facts['merge'])
+    tower = VisionTower(
+        ViTModel(config, add_pooling_layer=False) if config.model_type == 'vit' else AutoModel.from_config(config),
+        facts['width'],
+        merge=facts['merge'],
+    )
     tower.load_state_dict(load_file(folder/'model.safetensors'))
     return tower.eval()
 
@@ -177,14 +215,20 @@ class WordHead(nn.Module):
         meanings: Tensor,    # (words, width) embeddings of the words
     ):
         super().__init__()
-        self.linear, self.scale, self.bias = nn.Linear(hidden, len(meanings)), nn.Parameter(torch.tensor(10.)), nn.Parameter(torch.full((len(meanings),), -3.))
+        self.linear, self.scale, self.bias = (
+            nn.Linear(hidden, len(meanings)),
+            nn.Parameter(torch.tensor(10.0)),
+            nn.Parameter(torch.full((len(meanings),), -3.0)),
+        )
         self.register_buffer('meanings', F.normalize(meanings, dim=1).cpu())
 
     def forward(self, states: Tensor, vectors: Tensor, truth: Tensor) -> Tensor:
         "Cross-entropy per word, of both answers together."
         near = F.normalize(vectors, dim=-1) @ self.meanings.T            # (n, tokens, words)
         likely = self.scale*torch.logsumexp(10*near, 1)/10 + self.bias
-        return F.binary_cross_entropy_with_logits(self.linear(states.mean(1)), truth) + F.binary_cross_entropy_with_logits(likely, truth)
+        return F.binary_cross_entropy_with_logits(
+            self.linear(states.mean(1)), truth
+        ) + F.binary_cross_entropy_with_logits(likely, truth)
 
 # %% ../nbs/40_vision.ipynb #0036
 def learn_words(
@@ -207,7 +251,11 @@ def learn_words(
     for i in progress(_draws(len(pixels), params.batch, steps, rng), 'tower: words of captions', total=steps):
         states = tower.patches(turned(pixels[i], rng))
         loss = head(states, tower.project(states), truth[i])
-        optimiser.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(tower.parameters(), 1.); optimiser.step(); schedule.step()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
         log.append(loss.item())
     per = max(1, len(pixels)//params.batch)
     return [float(np.mean(log[s:s + per])) for s in range(0, steps, per)]

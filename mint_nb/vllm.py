@@ -34,9 +34,13 @@ def choose_engine(
     engine: Literal['auto', 'vllm', 'transformers'] = 'auto',
 ) -> tuple[str, str]:   # 'vllm' or 'transformers', and why
     "Which engine writes the answers."
-    if engine not in ('auto', 'vllm', 'transformers'): raise InputError('there is no such engine; there are auto, vllm, transformers', field='engine', record=engine)
+    if engine not in ('auto', 'vllm', 'transformers'):
+        raise InputError('there is no such engine; there are auto, vllm, transformers', field='engine', record=engine)
     lost = vllm_missing()
-    if engine == 'vllm' and lost: raise InputError(lost, field='engine', record='vllm', hint='pip install vllm on a CUDA machine, or engine=transformers')
+    if engine == 'vllm' and lost:
+        raise InputError(
+            lost, field='engine', record='vllm', hint='pip install vllm on a CUDA machine, or engine=transformers'
+        )
     if engine == 'transformers' or lost: return 'transformers', lost or 'asked for'
     return 'vllm', 'asked for' if engine == 'vllm' else 'installed, and CUDA is there'
 
@@ -51,7 +55,11 @@ def answer_grammar(
 ) -> str:         # in the EBNF that vLLM's backends read (GBNF)
     "The grammar of all answer lists of k names."
     names = ' | '.join(map(_quoted, dict.fromkeys(catalogue.names.values())))
-    lines = [_quoted(f"{task.header}\n1. '"), 'name'] + [x for i in range(2, k + 1) for x in (_quoted(f"'\n{i}. '"), 'name')] + [_quoted("'")]
+    lines = (
+        [_quoted(f"{task.header}\n1. '"), 'name']
+        + [x for i in range(2, k + 1) for x in (_quoted(f"'\n{i}. '"), 'name')]
+        + [_quoted("'")]
+    )
     return f'root ::= {" ".join(lines)}\nname ::= {names}\n'
 
 # %% ../nbs/60_vllm.ipynb #0015
@@ -61,7 +69,10 @@ def lora_room(adapter: Path) -> int:
     "The adapter rank that vLLM has to make room for."
     r = read_json(adapter/'adapter_config.json')['r']
     found = next((n for n in RANKS if n >= r), None)
-    if found is None: raise InputError(f'has rank {r}, vLLM takes {RANKS[-1]} at most', file=adapter, hint='export merged weights and serve those')
+    if found is None:
+        raise InputError(
+            f'has rank {r}, vLLM takes {RANKS[-1]} at most', file=adapter, hint='export merged weights and serve those'
+        )
     return found
 
 # %% ../nbs/60_vllm.ipynb #0017
@@ -74,7 +85,8 @@ class ServedRanker:
     task: Task
     catalogue: Catalogue
     k: int = 5
-    max_prompt: int = 0; max_new_tokens: int = 100
+    max_prompt: int = 0
+    max_new_tokens: int = 100
     constrained: bool = False
     name: str = 'student'
     texts: dict = field(default_factory=dict)
@@ -86,7 +98,9 @@ def start(self: ServedRanker) -> Any:
     "Load the base, once."
     from vllm import LLM
     room = dict(enable_lora=True, max_loras=1, max_lora_rank=lora_room(self.adapter)) if self.adapter else {}
-    self.llm = self.llm or LLM(model=self.base, dtype='bfloat16', enable_prefix_caching=True, max_model_len=4096, seed=0, **room)
+    self.llm = self.llm or LLM(
+        model=self.base, dtype='bfloat16', enable_prefix_caching=True, max_model_len=4096, seed=0, **room
+    )
     return self.llm
 
 @patch
@@ -95,11 +109,16 @@ def rank(self: ServedRanker, cases: Sequence[Case], top: int = 10, bottom: int =
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
-    held = StructuredOutputsParams(grammar=answer_grammar(self.catalogue, self.task, self.k)) if self.constrained else None
+
+    held = (
+        StructuredOutputsParams(grammar=answer_grammar(self.catalogue, self.task, self.k)) if self.constrained else None
+    )
     how = SamplingParams(temperature=0., max_tokens=self.max_new_tokens, structured_outputs=held)
     prompts = [{'prompt_token_ids': self.student.prompt_ids(self.task, c.note, self.k, self.max_prompt)} for c in cases]
     lora = LoRARequest(self.name, 1, str(self.adapter)) if self.adapter else None
-    self.texts |= {c.id: out.outputs[0].text for c, out in zip(cases, self.start().generate(prompts, how, lora_request=lora))}
+    self.texts |= {
+        c.id: out.outputs[0].text for c, out in zip(cases, self.start().generate(prompts, how, lora_request=lora))
+    }
     return rankings_from_texts({c.id: self.texts[c.id] for c in cases}, self.task, self.catalogue, top)
 
 # %% ../nbs/60_vllm.ipynb #0020
@@ -111,16 +130,45 @@ def ranker_for(
 ) -> tuple[Ranker, str]:         # the ranker, and which engine and why
     "A student of a run behind vLLM or transformers."
     model, constrained = method.removesuffix('_constrained'), method.endswith('_constrained')
-    if model != 'base' and model not in RECIPES: raise InputError('only a student can be served, with a plain question', field='--engine', record=method, hint='base or a trained method, also NAME_constrained')
+    if model != 'base' and model not in RECIPES:
+        raise InputError(
+            'only a student can be served, with a plain question',
+            field='--engine',
+            record=method,
+            hint='base or a trained method, also NAME_constrained',
+        )
     p, task, (which, why) = run.params, run.task, choose_engine(engine)
     if which == 'vllm' and task.view == 'image':
-        if engine == 'vllm': raise InputError('the students of this task see images, and vLLM is asked with text here', field='--engine', record='vllm', hint='leave --engine out')
+        if engine == 'vllm':
+            raise InputError(
+                'the students of this task see images, and vLLM is asked with text here',
+                field='--engine',
+                record='vllm',
+                hint='leave --engine out',
+            )
         which, why = 'transformers', 'the students of this task see images'
     catalogue = run_answers(run, load_ontology())
     k = run.k
-    shared = dict(k=k, max_prompt=p.student.max_prompt, max_new_tokens=p.predict.max_new_tokens, constrained=constrained, name=method)
-    if which == 'transformers': return StudentRanker(load_aligned(run, model, seed), task, catalogue, batch_size=p.predict.batch, folder=run/'cases', **shared), f'{which}: {why}'   # type: ignore[return-value]   # `rank` is patched
+    shared = dict(
+        k=k,
+        max_prompt=p.student.max_prompt,
+        max_new_tokens=p.predict.max_new_tokens,
+        constrained=constrained,
+        name=method,
+    )
+    if which == 'transformers':
+        return StudentRanker(
+            load_aligned(run, model, seed), task, catalogue, batch_size=p.predict.batch, folder=run / 'cases', **shared
+        ), f'{which}: {why}'  # type: ignore[return-value]   # `rank` is patched
     adapter = None if model == 'base' else run/f'align/{model}-{seed}/adapter'
-    if adapter and not adapter.exists(): raise InputError('there is no such adapter', file=adapter, hint=f'run the align stage for {model} first')
+    if adapter and not adapter.exists():
+        raise InputError('there is no such adapter', file=adapter, hint=f'run the align stage for {model} first')
     base = str(smollm2_folder()) if p.student.model == 'smollm2' else p.student.model
-    return ServedRanker(base, adapter, load_student('tiny') if p.student.model == 'smollm2' else load_student(base), task, catalogue, **shared), f'{which}: {why}'   # type: ignore[return-value]
+    return ServedRanker(
+        base,
+        adapter,
+        load_student('tiny') if p.student.model == 'smollm2' else load_student(base),
+        task,
+        catalogue,
+        **shared,
+    ), f'{which}: {why}'  # type: ignore[return-value]

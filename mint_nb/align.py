@@ -17,6 +17,7 @@ from .core import InputError, atomic_path, read_json, write_json, write_table
 from .tasks import get_task
 from .params import Params
 from .runs import Run, run_stage, stage_key
+from .recipes import LOSSES, RECIPES, Phase
 from .cohort import cohort_captions, make_cohort
 from .pairs import refuse, without_cases
 from .preferences import preference_rows, preferences
@@ -27,7 +28,6 @@ if TYPE_CHECKING:   # imported where they are used
     from mint_nb.packing import Item
     from mint_nb.engine import Engine, SeparateEngine
     from mint_nb.students import Student
-from .recipes import LOSSES, RECIPES, Phase
 
 # %% ../nbs/49_align.ipynb #0008
 def run_phase(

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 
-from .core import InputError, progress
+from .core import InputError, progress, write_table
 from .tasks import Case
+from .runs import Run, run_stage
 from .metrics import grouped_bootstrap
+from .align import align, load_aligned, needs_warm_up
 
 if TYPE_CHECKING:   # imported where they are used
     from PIL import Image
@@ -23,9 +25,6 @@ if TYPE_CHECKING:   # imported where they are used
     from mint_nb.candidates import CandidateRanker
     from mint_nb.students import Student
     from mint_nb.vision import VisionTower
-from .core import write_table
-from .runs import Run, run_stage
-from .align import align, load_aligned, needs_warm_up
 
 # %% ../nbs/57_attribution.ipynb #0010
 def mean_colour(images: Sequence[Path | str]) -> np.ndarray:   # (3,) bytes

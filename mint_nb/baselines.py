@@ -18,12 +18,12 @@ from fastcore.basics import patch
 
 from .core import InputError
 from .tasks import Case, Catalogue, Rankings, Resolved, make_rankings, rankings_from_scores
+from .runs import Run
 from .ontology import Ontology, read_tsv
 from .readers import documents
 
 if TYPE_CHECKING:   # imported where they are used
     from scipy import sparse
-from .runs import Run
 
 # %% ../nbs/52_baselines.ipynb #0007
 def catalogue_of(

@@ -25,49 +25,28 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainingArguments
 
 from .core import InputError, atomic_path, progress, read_table, write_json, write_table
-
 from .tasks import Case, Catalogue, get_task
-
 from .params import Params
-
 from .runs import Run, open_params, run_stage
-
 from .metrics import seed_weights
-
 from .ontology import load_ontology
-
 from .recipes import LOSSES, RECIPES
-
 from .notes import add_note
-
 from .splits import split_by_group
-
 from .patients import simulate_cohort
-
 from .cohort import make_cohort
-
 from .preferences import preference_rows, preferences
-
 from .students import Student, add_lora, load_student
-
 from .engine import Engine, TensorStore, reference_logps
-
 from .trainer import updates, quiet, trainer_settings
-
 from .doctor import items_of
-
 from .align import align
-
 from .candidates import CandidateRanker
-
 from .calibration import (
     MEASURES, PLAIN, calibration_error, calibration_table, conformal_lists, fit_conformal, mean_of, normalised,
     perfect_band, reliability, resamples, top, with_interval)
-
 from .kernels import processes
-
 from .pipeline import threads
-
 from .study import fork
 
 # %% ../nbs/82_calibration_study.ipynb #0003-1

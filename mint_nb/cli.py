@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DISK', 'REAL', 'app', 'RunDir', 'clean_errors', 'leave', 'parse_sets', 'comma_list', 'case_overrides', 'with_clean',
-           'run_overrides', 'say_version', 'before', 'results_csv', 'show_report', 'run', 'opened', 'status', 'report',
-           'predict', 'fetch', 'machine_facts', 'doctor', 'bench', 'study', 'calibrate', 'folds', 'grid', 'export',
-           'gpu_check']
+           'run_overrides', 'say_version', 'before', 'results_csv', 'show_report', 'show_outlook', 'run', 'opened',
+           'status', 'report', 'params', 'predict', 'fetch', 'machine_facts', 'doctor', 'bench', 'study', 'calibrate',
+           'folds', 'grid', 'export', 'gpu_check']
 
 # %% ../nbs/90_cli.ipynb #0003
-import errno, functools, os, shutil
+import errno, functools, os, shutil, tempfile
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 
@@ -204,6 +204,14 @@ def show_report(run: Run) -> None:
         typer.echo(unfinished(run))
         if file.exists(): typer.echo(f'  report of an earlier state: {page}')
 
+# %% ../nbs/90_cli.ipynb #dry0
+def show_outlook(out: Path, profile: str, overrides: dict, workers: int) -> None:
+    "Print the plan of a run; a folder that is not there is not made."
+    from mint_nb.pipeline import outlook, prepare_run
+    with tempfile.TemporaryDirectory() as d:
+        folder = out if (out/'params.yaml').exists() else Path(d)/out.name
+        typer.echo(outlook(prepare_run(folder, profile, overrides), workers))
+
 # %% ../nbs/90_cli.ipynb #0023
 @app.command()
 @clean_errors
@@ -235,18 +243,15 @@ def run(
             help='real cases: executed notebooks and the report may show some, with notes and identifiers',
         ),
     ] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='show the steps and their time, and do nothing')] = False,
 ):
     "Run the pipeline, or go on with it; prints an estimate, what is going on, rows as they are ready, and the table."
     from mint_nb.pipeline import run_pipeline
     out = out or Path('runs')/Path(profile).stem
-    done = run_pipeline(
-        out,
-        profile,
-        run_overrides(task, cases, profile, max_cases, methods, seeds, sets)
-        | ({'show_cases': True} if show_cases else {}),
-        until,
-        workers=workers,
-    )
+    over = run_overrides(task, cases, profile, max_cases, methods, seeds, sets)
+    over |= {'show_cases': True} if show_cases else {}
+    if dry_run: return show_outlook(out, profile, over, workers)
+    done = run_pipeline(out, profile, over, until, workers=workers)
     if not until: show_report(done)
 
 # %% ../nbs/90_cli.ipynb #0024
@@ -287,6 +292,18 @@ def report(
             raise InputError('the run has no results yet', file=run.path, hint=f'mint-nb run --out {run.path}')
         with atomic_path(csv) as tmp: tmp.write_text(results_csv(run))
         typer.echo(f'results: {csv}')
+
+# %% ../nbs/90_cli.ipynb #par1
+@app.command()
+@clean_errors
+def params(part: Annotated[str, typer.Argument(help='part of a name, for example train')] = ''):
+    "Names, types, defaults and meaning of all parameters."
+    from mint_nb.params import known_parameters
+    found = [p for p in known_parameters() if part in p.name]
+    if not found: raise InputError('no parameter has that in its name', field='part', record=part)
+    for p in found:
+        typer.echo(f'{p.name} = {p.default!r}   ({p.type})')
+        if p.meaning: typer.echo(f'    {p.meaning}')
 
 # %% ../nbs/90_cli.ipynb #0029
 @app.command()

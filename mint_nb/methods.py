@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from .core import InputError
+from .core import InputError, Table
 from .tasks import PROTOCOLS, Case, ChanceRanker, Ranker, Rankings, method_name
 from .runs import Run
 from .ontology import load_ontology
+from .recipes import RECIPES
 from .findings import Extractor, with_extracted
 from .upstream import teacher_rankings, upstream
 from .align import align, load_aligned, needs_warm_up, warm_up
@@ -26,8 +27,6 @@ from .retrieve import RetrievalRanker, Retriever
 
 if TYPE_CHECKING:   # imported where they are used
     from mint_nb.dialogue import Dialogues
-from .core import Table
-from .recipes import RECIPES
 
 # %% ../nbs/58_methods.ipynb #0005
 @dataclass

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Callable, Literal, Optional, Sequence
 
 import numpy as np
 
-from .core import InputError
+from .core import InputError, Table
 from .tasks import Case, Catalogue, Rankings
 
 if TYPE_CHECKING:   # imported where they are used
     import pandas as pd
-from .core import Table
 
 # %% ../nbs/04_metrics.ipynb #0007
 @dataclass(frozen=True)

@@ -11,21 +11,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Optional, Sequence
 
-from .core import InputError, atomic_path, digest, write_jsonl, write_table
-from .tasks import Case, Catalogue, Rankings
-from .runs import Run
+from .core import InputError, atomic_path, digest, write_jsonl, write_table, file_digest
+from .tasks import Case, Catalogue, Rankings, Ranker, method_name
+from .runs import Run, versions
 from .ontology import Ontology
-from .baselines import diseases_of_genes, gene_id
+from .readers import InputWarning, new_cases
+from .baselines import diseases_of_genes, gene_id, run_answers
+from .methods import build_ranker, get_method, hpo, with_findings
 
 if TYPE_CHECKING:   # imported where they are used
     import pandas as pd
 from typing import Any, Callable
-from .core import file_digest
-from .tasks import Ranker, method_name
-from .runs import versions
-from .readers import InputWarning, new_cases
-from .baselines import run_answers
-from .methods import build_ranker, get_method, hpo, with_findings
 
 # %% ../nbs/61_outputs.ipynb #0017
 def shown_as(

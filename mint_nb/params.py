@@ -6,13 +6,13 @@
 __all__ = ['GROUP', 'PROFILES', 'Section', 'CohortParams', 'TeacherParams', 'PairParams', 'StudentParams', 'VisionParams',
            'TrainParams', 'PredictParams', 'RetrieveParams', 'ReasonParams', 'EndpointParams', 'AnalysisParams',
            'CalibrateParams', 'Params', 'plugin_digests', 'load_plugins', 'nest', 'checked_params', 'resolve_params',
-           'first_lesson']
+           'Parameter', 'known_parameters', 'first_lesson']
 
 # %% ../nbs/02_params.ipynb #impparams
-import functools, importlib, importlib.util, os
+import ast, functools, importlib, importlib.util, inspect, io, os, textwrap, tokenize
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Iterable, Literal, Optional
+from typing import Any, Iterable, Literal, NamedTuple, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -31,9 +31,9 @@ class Section(BaseModel):
 class CohortParams(Section):
     "Which patients."
 
-    source: Optional[str] = (
-        None  # real cases: phenopacket file, folder, zip, JSONL, a GMDB folder; tiles: a PanNuke folder, a zip or folder of tiles; None simulates
-    )
+    # real cases: phenopacket file, folder, zip, JSONL, a GMDB folder; tiles: a PanNuke folder, a zip or folder of
+    # tiles; None simulates
+    source: Optional[str] = None
     test_source: Optional[str] = None   # real cohort: test cases from another file; their publications leave the source
     diseases: int = 16              # at most this many answers in the catalogue; 0: no limit
     min_cases: int = 10             # real cohort: cases a disease needs
@@ -44,15 +44,13 @@ class CohortParams(Section):
     validation: int = 24
     test: int = 96
     max_findings: int = 8  # findings a note mentions at most
-    note_noise: float = (
-        0.25  # share of a simulated patient's findings that are imprecise or unrelated (measured: see 12_patients)
-    )
+    # share of a simulated patient's findings that are imprecise or unrelated (measured: see 13_readers)
+    note_noise: float = 0.25
     note_style: Literal['brief', 'clinic', 'long'] = 'brief'  # phrasing of the written note
     image_size: int = 64            # pixels per side of a portrait, or of a simulated tile
     tiles: int = 2  # simulated tissue: tiles a patient gives
-    embeddings: Optional[str] = (
-        None  # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
-    )
+    # Parquet with case_id, e0, e1, ...: embeddings of real photographs in place of portraits
+    embeddings: Optional[str] = None
     label_share: float = 1.0        # share of training cases that carry a diagnosis
     seed: int = 0                   # seed of the cases and the split
 
@@ -73,9 +71,8 @@ class TeacherParams(Section):
     pretrain: int = 3000  # drawings of random people, or tiles of random morphology, that a small encoder learns from first; 0: none
     pretrain_epochs: int = 16
     folds: int = 3  # cross-fitting folds
-    view: Literal['both', 'note', 'portrait', 'zero_shot', 'probe', 'tuned'] = (
-        'both'  # what it sees when it ranks; tiles: how it ranks
-    )
+    # what it sees when it ranks; tiles: how it ranks
+    view: Literal['both', 'note', 'portrait', 'zero_shot', 'probe', 'tuned'] = 'both'
     stain: float = 0.1              # tiles: spread of the stain augmentation, in optical density and as a factor
     probe_c: float = 1.0  # tiles: inverse strength of the linear probe's L2 penalty
     tune_epochs: int = 8
@@ -102,9 +99,8 @@ class StudentParams(Section):
     lora_layers: int = 8            # adapters in the top this-many layers; 0: all
     max_prompt: int = 120           # tokens; the note is trimmed to fit, never the answer
     load_in_4bit: bool = False
-    precision: Literal['auto', 'fp32', 'bf16'] = (
-        'auto'  # of frozen weights; auto: bf16 where the processor multiplies it natively
-    )
+    # of frozen weights; auto: bf16 where the processor multiplies it natively
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto'
 
 # %% ../nbs/02_params.ipynb #0041
 class VisionParams(Section):
@@ -138,9 +134,8 @@ class TrainParams(Section):
     grad_norm: float = 1.0
     simpo_gamma: float = 0.5        # margin that SimPO asks for
     loss: dict[str, float | int | bool | str] = Field(default_factory=dict)  # hyper-parameters of a loss's own, by name
-    nll_on: Literal['response', 'llama-factory', 'trl'] = (
-        'response'  # tokens and mean of the likelihood term, see 42_losses
-    )
+    # tokens and mean of the likelihood term, see 42_losses
+    nll_on: Literal['response', 'llama-factory', 'trl'] = 'response'
     engine: Literal['auto', 'mint', 'separate', 'trl'] = 'mint'
     compiled: bool = False  # our engine's layers on CUDA through torch.compile: slow at first, then faster steps (85_gpu_check has figures); pays for long trainings of large models
     processes: int = Field(default=1, ge=1)  # data-parallel processes of one training, started with `accelerate launch`
@@ -160,9 +155,8 @@ class PredictParams(Section):
 class RetrieveParams(Section):
     "Looking diseases up by a note."
 
-    over: Literal['catalogue', 'omim'] = (
-        'catalogue'  # whose documents are searched: those of the run's answers, or all annotated diseases
-    )
+    # whose documents are searched: those of the run's answers, or all annotated diseases
+    over: Literal['catalogue', 'omim'] = 'catalogue'
     kind: Literal['bm25', 'dense', 'fusion'] = 'fusion'
     encoder: str = 'minilm'         # 'minilm' (pinned wheel) or a folder in sentence-transformers form
     reranker: Optional[str] = None  # folder of a cross-encoder that orders the head of the list again
@@ -367,6 +361,43 @@ def resolve_params(
     )  # what the task wants otherwise
     if own and own.exists(): recipe = _merge(recipe, read_yaml(own))
     return checked_params(_merge(recipe, over), path.name)
+
+# %% ../nbs/02_params.ipynb #kp1
+class Parameter(NamedTuple):
+    "A parameter as a reader needs it."
+    name: str      # with its section: 'train.lr'
+    type: str
+    default: Any
+    meaning: str   # the comment in its class
+
+def _meanings(section: type) -> dict[str, str]:
+    "The comments of a class: behind a field, or above it."
+    source = textwrap.dedent(inspect.getsource(section))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: (t.string.lstrip('# '), t.line.lstrip().startswith('#')) for t in tokens if t.type == tokenize.COMMENT}
+    out = {}
+    for n in ast.parse(source).body[0].body:
+        if not isinstance(n, ast.AnnAssign): continue
+        said, line = [comments[n.end_lineno][0]] if n.end_lineno in comments else [], n.lineno - 1
+        while line in comments and comments[line][1]:
+            said.insert(0, comments[line][0])
+            line -= 1
+        out[n.target.id] = ' '.join(said)
+    return out
+
+def known_parameters(
+    section: type = Params,
+    prefix: str = '',
+) -> list[Parameter]:
+    "Every parameter of a run, in the order of the classes."
+    out, said = [], _meanings(section)
+    for name, f in section.model_fields.items():
+        inner = f.default_factory if isinstance(f.default_factory, type) and issubclass(f.default_factory, Section) else None
+        if inner: out += known_parameters(inner, f'{name}.'); continue
+        kind = getattr(f.annotation, '__name__', '') if isinstance(f.annotation, type) else str(f.annotation)
+        default = f.default_factory() if f.default_factory else f.default
+        out.append(Parameter(prefix + name, kind.replace('typing.', ''), default, said.get(name, '')))
+    return out
 
 # %% ../nbs/02_params.ipynb #0052b
 def first_lesson(

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'SOON', 'nbs_folder', 'Step', 'students', 'looks', 'plan', 'learnt_before', 'own_stages', 'work_seconds',
            'wall_seconds', 'keep_forecast', 'foresee', 'minutes', 'prepare_run', 'run_step', 'check_methods',
            'worker_count', 'has_cuda', 'threads', 'run_group', 'aloud', 'how_far', 'Watch', 'row_name', 'run_steps',
-           'run_pipeline', 'step_state', 'status', 'unfinished']
+           'run_pipeline', 'step_state', 'status', 'outlook', 'unfinished']
 
 # %% ../nbs/72_pipeline.ipynb #0003
 import importlib.util, os, re, threading, time
@@ -25,13 +25,13 @@ from .core import InputError, atomic_path, read_json, write_json
 from .tasks import get_task, method_name
 from .params import Params, first_lesson, resolve_params
 from .runs import Run, locked, open_params, open_run, stage_done
+from .recipes import RECIPES
 from .privacy import check_shown
 from .kernels import BarsOnly, NotebookFailed, run_notebook, stop_kernels, warm_up
 from .forecast import (
     REFERENCE, Forecast, Speeds, known_counts, matters, parts_of, probe, reads_alone, side_by_side)
 
 if TYPE_CHECKING: import pandas as pd
-from .recipes import RECIPES
 
 # %% ../nbs/72_pipeline.ipynb #0006
 STAGES = ('19_cohort', '29_upstream', '39_preferences', '49_align', '59_predict', '69_analysis')
@@ -135,6 +135,7 @@ def foresee(
     run: Run, steps: Sequence[Step],
     todo: Sequence[Step],   # of these, in the same order; none: nothing is measured
     workers: int = 1,
+    keep: bool = True,      # write down what was said
 ) -> tuple[Forecast, Callable[[], None]]:   # and what counts again, once the number of cases is known
     "What is to be expected of a run; the machine is probed, and what is done corrects."
     p, learnt = known_counts(run), learnt_before(run.params)
@@ -143,7 +144,7 @@ def foresee(
     for s in (s for s in steps if s not in todo):
         if todo and (wall := wall_seconds(run, s)): forecast.learn(s.stage, wall, min(wall, work_seconds(run, s)))
         forecast.done.add(s.stage)
-    if todo: keep_forecast(run, forecast, speeds, learnt)
+    if todo and keep: keep_forecast(run, forecast, speeds, learnt)
     def recount():
         new = parts_of(known_counts(run), steps, speeds, workers, learnt)
         forecast.parts |= {k: v for k, v in new.items() if k not in forecast.done}
@@ -436,6 +437,22 @@ def status(
             for n, state, e in rows
         ]
     )
+
+# %% ../nbs/72_pipeline.ipynb #out1
+def outlook(
+    run: Run,
+    workers: int = 0,   # see `worker_count`
+) -> str:               # lines to print
+    "The steps of a run, what each will take, and what all will."
+    check_methods(run.params)
+    steps, many = plan(run.params), worker_count(run.params, workers)
+    todo = [s for s in steps if step_state(run, s)[0] != 'done']
+    forecast, _ = foresee(run, steps, todo, many, keep=False)
+    ends = forecast.finish({}) if todo else {}
+    said = {s.stage: f'about {minutes(forecast.seconds(s.stage))}' for s in todo}
+    lines = [f'{s.name:34} {said.get(s.stage, "done")}' for s in steps]
+    whole = f'about {minutes(max(ends.values()))}' if ends else 'nothing to do'
+    return '\n'.join([*lines, f'{len(todo)} of {len(steps)} steps to do, {whole}' + (f', {many} at a time where they can' if many > 1 else '')])
 
 # %% ../nbs/72_pipeline.ipynb #0064b
 def unfinished(run: Run) -> str:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-
 from .core import InputError, write_jsonl, write_table
 from .runs import Run, run_stage, stage_key
 from .cohort import make_cohort

@@ -415,7 +415,7 @@ def load_gmdb(
 
 # %% ../nbs/13_readers.ipynb #0131
 def load_cases(
-    path: Path | str,      # any source described above
+    path: Path | str,      # any source that this module reads
     ontology: Ontology,
     on_error: Literal['raise', 'list'] = 'list',
     labels: bool = True,   # False: never look at a diagnosis

@@ -20,13 +20,12 @@ import numpy as np, yaml
 
 from .core import atomic_path
 from .tasks import PROTOCOLS, Case, Catalogue, Rankings, method_name
-from .metrics import METRICS, listed_answers
+from .metrics import METRICS, listed_answers, shown_metrics
+from .recipes import RECIPES
 
 if TYPE_CHECKING:   # imported where they are used
     from matplotlib.figure import Figure
     import pandas as pd
-from .metrics import shown_metrics
-from .recipes import RECIPES
 
 # %% ../nbs/64_report.ipynb #0007
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from typing import Any, Callable, Iterable, Optional
 import yaml
 from pydantic import BaseModel
 
-from .core import InputError, atomic_path, cache_dir, code_digest, digest, file_digest, read_yaml, read_json
-from .params import Params, checked_params, resolve_params
-from fastcore.basics import patch
-from .core import named_object
+from .core import (
+    InputError, atomic_path, cache_dir, code_digest, digest, file_digest, read_yaml, read_json, named_object)
 from .tasks import Case, Catalogue, Task, get_task, list_sizes, read_cases
-from .params import plugin_digests
+from .params import Params, checked_params, resolve_params, plugin_digests
+from fastcore.basics import patch
 
 # %% ../nbs/03_runs.ipynb #0053
 VERBS = {      # what can be done with a run: function that takes it first

@@ -27,12 +27,11 @@ from zlib import crc32
 
 from fastcore.basics import patch
 
-from .core import InputError, read_table, write_table
+from .core import InputError, read_table, write_table, Table
 
 if TYPE_CHECKING:   # imported where they are used
     import numpy as np
     import pandas as pd
-from .core import Table
 
 # %% ../nbs/01_tasks.ipynb #0006
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class Finding:
     id: str                                             # HPO id, for example 'HP:0001250'
     label: str = ''                                     # its name
     excluded: bool = False  # looked for and absent
-    view: Literal['note', 'portrait', 'both', 'record'] = (
-        'note'  # where it can be seen; 'record': neither view shows it
-    )
+    # where it can be seen; 'record': neither view shows it
+    view: Literal['note', 'portrait', 'both', 'record'] = 'note'
 
 # %% ../nbs/01_tasks.ipynb #0007
 @dataclass(frozen=True)
@@ -221,9 +219,8 @@ class Task:
     noun: str                        # 'diseases', 'genes', 'tissues'
     published: int = 10              # list length in the paper
     case_noun: str = 'patients'
-    made: str = (
-        'simulated from the annotations of the Human Phenotype Ontology; not patients'  # where nobody's cases are given
-    )
+    # where nobody's cases are given
+    made: str = 'simulated from the annotations of the Human Phenotype Ontology; not patients'
     profile: str = ''                # profiles named PROFILE-this.yaml say what the task wants otherwise
     answer_tokens: tuple[float, float] = (10., 11.6)   # of an answer's first line and end, and of a line with a name
 

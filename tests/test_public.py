@@ -15,7 +15,7 @@ from conftest import ROOT
 def test_every_name_and_verb_is_there():
     for where in (*mint_nb.PUBLIC.values(), *VERBS.values()): assert named_object(where) is not None, where
     assert set(mint_nb.PUBLIC) <= set(dir(mint_nb)) and 10 < len(mint_nb.PUBLIC) < 16
-    with pytest.raises(AttributeError, match='has no attribute'): mint_nb.nothing
+    with pytest.raises(AttributeError, match='has no attribute'): mint_nb.__getattr__('nothing')
 
 
 def test_the_package_loads_nothing_until_it_is_asked():
@@ -60,3 +60,8 @@ def test_rows_that_lack_something_are_named():
     with pytest.raises(InputError, match='field rejected'): train(load_student('tiny'), [{'prompt': 'x', 'chosen': 'y'}])
     with pytest.raises(InputError, match='field prompt'): train(load_student('tiny'), [{'chosen': 'y', 'rejected': 'z'}])
     with pytest.raises(InputError, match='no such loss'): train(load_student('tiny'), TEXTS, 'ppo')
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'mint_nb', '--version'], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f'mint-nb {mint_nb.__version__}\n'

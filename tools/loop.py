@@ -80,7 +80,8 @@ def measure(name: str, checkout: Path, box: Path, turn: int) -> tuple[float, flo
         return timed(mint_nb('run', '--profile', 'smoke', '--out', box/f'smoke-{turn}'), box, env)
     if name == 'upstream-stage':
         run, env = box/f'laptop-{turn}', env | {'MINT_CACHE': str(box/f'cache-{turn}')}
-        timed(mint_nb('run', '--profile', 'laptop', '--out', run, '--until', '29_upstream'), box, env)
+        stage = next((checkout/'nbs').glob('?9_upstream.ipynb')).stem      # 19_upstream in version 0.1
+        timed(mint_nb('run', '--profile', 'laptop', '--out', run, '--until', stage), box, env)
         entries = map(json.loads, (run/'manifest.jsonl').read_text().splitlines())
         entry = next(e for e in entries if e['stage'].startswith('upstream'))
         return entry['seconds'], entry['cpu_seconds']

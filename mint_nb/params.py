@@ -284,9 +284,12 @@ def load_plugins(
     names: Iterable[str],   # modules, and paths of Python files
     file: Any = None,       # where the names come from, for the message
 ) -> None:
-    "Load plugins, each once in a process."
+    "Load plugins, each once in a process; a run folder brings none of its own."
     if isinstance(names, str): names = (names,)
+    home = Path(file).absolute().parent if file and Path(file).name == 'params.yaml' else None
     for name in _plugin_names(map(str, names)):
+        if home and home in Path(name).parents:
+            raise InputError('a plugin that lies in a run folder is not loaded', file=file, field='plugins', record=name)
         if name not in _plugins: _load_plugin(name, file)
 
 # %% ../nbs/02_params.ipynb #0048

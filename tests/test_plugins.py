@@ -109,3 +109,14 @@ def test_a_hyper_parameter_that_no_loss_has(smoke_run, tmp_path):
     from mint_nb.align import align
     run = open_run(tmp_path/'r', 'smoke', {'train.loss': {'warmth': 1.}})
     with pytest.raises(InputError, match='field train.loss.warmth'): align(run, 'mint')
+
+
+def test_a_run_folder_brings_no_plugin(tmp_path):
+    "A folder that came by mail names a file that came with it."
+    run = open_run(tmp_path/'r', 'smoke')
+    (run/'evil.py').write_text('raise SystemExit("was run")')
+    text = (run/'params.yaml').read_text().replace('plugins: []', f"plugins: ['{run/'evil.py'}']")
+    assert 'evil' in text
+    (run/'params.yaml').write_text(text)
+    for look in (lambda: open_run(run.path), lambda: status(run.path)):
+        with pytest.raises(InputError, match='lies in a run folder is not loaded'): look()
